@@ -1,0 +1,1172 @@
+"""Online Self-Preferring Language Models (OSP, arXiv 2405.14103): a reference implementation in one file.
+
+One language model answers, judges its own answers, and learns from how STRONGLY one answer is preferred to another:
+
+    sample K responses -> rank -> pair -> the frozen SFT model judges each pair -> SPCE loss -> update
+
+    python osp.py                                           the built-in task, whose truth is known; minutes on a CPU
+    python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
+
+The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
+reconstruction; the rest is the paper's:
+  [R] the judging task shows each pair of the data in both orders, with the loss on the verdict token only (section 4)
+  [R] the one baseline that all candidates are compared with is the first of the K candidates (section 6)
+  [R] pairs are best with worst, second best with second worst, and so on inwards (section 6)
+  [R] the judge is asked in both orders, and their probabilities are averaged (section 7)
+  [R] the formula of the SPCE loss; the paper gives its name and purpose (section 8)
+
+Shapes: B prompts, K responses a prompt, P pairs, N rows (sequences), T tokens, V words of the vocabulary.
+`logps` is always a SUM over a response's tokens (its EOS included, its prompt excluded); `token_logps` is per token.
+"""
+import collections
+import copy
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Callable, Iterator, NamedTuple
+
+import datasets
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+from tqdm.auto import tqdm
+from transformers.hf_argparser import HfArg, HfArgumentParser
+
+Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
+Ids = list[int]  # the token ids of one prompt or of one response
+
+
+class Stop(Exception):
+    """A run that cannot go on: one sentence for the user, and the exit code (2 before the first step, 1 later)."""
+
+    def __init__(self, sentence: str, code: int = 2):
+        super().__init__(" ".join(sentence.split()))
+        self.code = code
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 1. Arguments
+# ----------------------------------------------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Arguments:
+    """Defaults are for real models; without --model_name_or_path those of BUILTIN below apply."""
+
+    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder of a causal LM; none: a tiny random one")
+    dataset_name: str | None = HfArg(default=None, help="Hub name, file or folder; none: the built-in task")
+    dataset_config: str | None = HfArg(default=None, help="configuration of the data set")
+    dataset_data_dir: str | None = HfArg(default=None, help="folder within the data set, such as harmless-base of HH")
+    dataset_train_split: str = HfArg(default="train", help="split to train on")
+    dataset_test_split: str | None = HfArg(default=None, help="split to measure on; none: test, else held out of train")
+    trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
+    output_dir: str | None = HfArg(default=None, help="folder of this run; none: runs/<model>-<data>-seed<seed>")
+    overwrite_output_dir: bool = HfArg(default=False, help="replace the run that output_dir holds")
+    resume_from_checkpoint: str | None = HfArg(default=None, help="a checkpoint folder, or latest")
+    seed: int = HfArg(default=0, help="the only source of randomness")
+    bf16: bool = HfArg(default=False, help="bf16 autocast for the policy, a bf16 copy as judge and reference")
+    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
+    micro_batch_size: int = HfArg(default=8, help="sequences a forward pass")
+    sft: bool = HfArg(default=True, help="fine-tune on the chosen responses and on judging first")
+    sft_learning_rate: float = HfArg(default=1e-5, help="peak learning rate of SFT")
+    sft_batch_size: int = HfArg(default=16, help="preference pairs an SFT step, each in both orders")
+    sft_max_steps: int = HfArg(default=2000, help="SFT steps")
+    sft_cache_dir: str = HfArg(default="runs/sft-cache", help="where finished SFT models are kept for later runs")
+    num_generations: int = HfArg(default=8, help="K, the responses sampled for each prompt")
+    max_new_tokens: int = HfArg(default=128, help="longest response, in tokens")
+    temperature: float = HfArg(default=1.0, help="of sampling; 1 is on-policy")
+    beta: float = HfArg(default=0.1, help="scale of the implicit reward")
+    num_train_prompts: int = HfArg(default=200, help="distinct prompts that OSP trains on")
+    num_train_epochs: int = HfArg(default=3, help="passes over these prompts")
+    max_steps: int = HfArg(default=-1, help="end after so many OSP steps; -1: when the epochs are done")
+    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step")
+    learning_rate: float = HfArg(default=1e-6, help="peak learning rate of OSP")
+    lr_scheduler_type: str = HfArg(default="linear", help="linear, cosine, constant or constant_with_warmup")
+    warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
+    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
+    save_steps: int = HfArg(default=100, help="OSP steps between checkpoints")
+    num_eval_prompts: int = HfArg(default=256, help="held-out prompts, one sampled response each")
+    num_eval_pairs: int = HfArg(default=512, help="held-out pairs that the judge is measured on")
+    eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the final win rate")
+
+
+BUILTIN = dict(max_new_tokens=16, micro_batch_size=32, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=1000,
+               learning_rate=3e-4, num_train_epochs=9)
+
+
+def parse_arguments(argv: list[str] | None) -> Arguments:
+    """Command line -> arguments, checked. Raises Stop; an unknown argument ends in argparse's sentence, exit code 2."""
+    parser = HfArgumentParser(Arguments, description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    if parser.parse_args(argv).model_name_or_path is None:
+        parser.set_defaults(**BUILTIN)
+    args = parser.parse_args_into_dataclasses(argv)[0]
+    if args.dataset_name and not args.model_name_or_path:
+        raise Stop("--dataset_name needs --model_name_or_path: the built-in model knows the built-in task's words alone.")
+    if args.num_generations < 2:
+        raise Stop(f"--num_generations is {args.num_generations}: a pair needs at least 2 responses to a prompt.")
+    for field in dataclasses.fields(args):
+        least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0}.get(field.name, 1e-12)
+        if field.type in (int, float) and not least <= getattr(args, field.name) < math.inf:
+            raise Stop(f"--{field.name} is {getattr(args, field.name)}: it must be {'above 0' if least == 1e-12 else f'{least} or more'}.")
+    if args.lr_scheduler_type not in ("linear", "cosine", "constant", "constant_with_warmup"):
+        raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be linear, cosine, constant or constant_with_warmup.")
+    if args.output_dir is None:
+        names = [Path(n).name.split(".")[0] if n else "builtin" for n in (args.model_name_or_path, args.dataset_name)]
+        args.output_dir = str(Path("runs") / f"{'-'.join(dict.fromkeys(names))}-seed{args.seed}")
+    return args
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 2. Load the SFT model and the data
+# ----------------------------------------------------------------------------------------------------------------------
+def load_model(name: str | None, args: Arguments):
+    """A causal LM with fp32 weights and no dropout, and its tokenizer; no name: the built-in ones. Raises Stop."""
+    if name is None:
+        return builtin_model(args.seed)
+    trust = dict(trust_remote_code=args.trust_remote_code)
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
+        config = transformers.AutoConfig.from_pretrained(name, **trust)
+        for key, value in config.to_dict().items():
+            if "drop" in key and isinstance(value, float):  # pi_theta and pi_SFT must be one function at step 0
+                setattr(config, key, 0.0)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, config=config, dtype=torch.float32, use_safetensors=True, **trust)
+    except Exception as error:  # the libraries raise a dozen kinds; each is the user's to mend
+        raise Stop(f"Cannot load {name!r} as a causal language model ({first_line(error)}): give a Hub name, which needs "
+                   "the network, or a local folder with config, tokenizer and safetensors.") from error
+    with torch.no_grad():
+        see = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
+    if config.is_encoder_decoder or not torch.allclose(see[0], see[1], atol=1e-4):
+        raise Stop(f"{name!r} is not a causal language model: its first position sees the second token.")
+    if tokenizer.eos_token_id is None:
+        raise Stop(f"The tokenizer of {name!r} has no EOS token, so no response could ever end: set its eos_token.")
+    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
+        raise Stop(f"The tokenizer of {name!r} has {len(tokenizer)} tokens, but the model embeds only {rows}.")
+    return model, tokenizer
+
+
+def pad_token_id(tokenizer) -> int:
+    """Any id will do: padding is masked by position and never by id, so pad == eos harms nothing."""
+    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def stop_token_ids(model, tokenizer) -> list[int]:
+    """The ids that end a response: the tokenizer's EOS and those of the model's generation_config."""
+    eos = model.generation_config.eos_token_id
+    return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+
+
+def context_length(model) -> int:
+    """How many positions the model knows; unlimited where its configuration names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def load_preferences(name_or_path: str | None, split: str = "train", config: str | None = None,
+                     data_dir: str | None = None) -> datasets.Dataset:
+    """Preference data in any known format (section 14) -> rows of `prompt` (text or messages) and, where the data has
+    them, `chosen` and `rejected` (text).
+
+    Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these, a `save_to_disk` folder, or None
+    for the built-in task. Unusable rows are dropped, and counted by reason in `info.description`. Raises Stop for what
+    cannot be read, columns that fit no format, and when no row remains."""
+    splits = read_dataset(name_or_path, config, data_dir)
+    if split not in splits:
+        raise Stop(f"{name_or_path or 'The built-in task'} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+    rows, dropped = splits[split], collections.Counter()
+    parse, features = row_format(rows, name_or_path)
+    parsed = rows.map(functools.partial(parse_batch, parse, dropped, list(features)), batched=True, features=features,
+                      remove_columns=rows.column_names, load_from_cache_file=False)
+    parsed.info.description = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
+    if len(parsed) == 0:
+        raise Stop(f"No usable row among the {len(rows)} of {name_or_path!r}, split {split!r}: {parsed.info.description}.")
+    return parsed
+
+
+class Data(NamedTuple):
+    """What a run trains and is measured on; the prompts of the three sets of rows are disjoint."""
+
+    train: datasets.Dataset
+    prompts: list[Prompt]  # the distinct prompts that OSP trains on
+    held_out: datasets.Dataset
+    ood: datasets.Dataset | None  # out-of-domain rows; only the built-in task has them
+    gold: Callable[[str, str], float] | None  # a response's true reward; only the built-in task has one
+
+
+def load_data(tokenizer, model, args: Arguments) -> Data:
+    """The rows and prompts of this run, all of which fit the model's context."""
+    load = functools.partial(load_preferences, args.dataset_name, config=args.dataset_config, data_dir=args.dataset_data_dir)
+    fits = functools.partial(fitting_rows, tokenizer, context_length(model), args.max_new_tokens)
+    train, measured = load(args.dataset_train_split), max(args.num_eval_prompts, args.num_eval_pairs)
+    print(f"{len(train)} rows to train on" + (f" ({train.info.description})" if train.info.description else ""))
+    splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
+    test_split = args.dataset_test_split or ("test" if "test" in splits and args.dataset_train_split != "test" else None)
+    if test_split:
+        test = load(test_split)
+    else:
+        order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
+        cut = min(measured, len(train) // 10 + 1)
+        test, train = train.select(order[:cut]), train.select(order[cut:])
+    held_out = fits(test, measured, "held-out")
+    ood = fits(load("ood"), measured, "out-of-domain") if args.dataset_name is None else None
+    wanted = max(4 * args.num_train_prompts, args.sft_max_steps * args.sft_batch_size * ("chosen" in train.column_names))
+    train = fits(train, wanted, "training", {prompt_key(p) for p in test["prompt"]})
+    prompts = list({prompt_key(p): p for p in train["prompt"]}.values())[: args.num_train_prompts]
+    return Data(train, prompts, held_out, ood, gold_reward if args.dataset_name is None else None)
+
+
+def prompt_key(prompt: Prompt) -> str:
+    """What makes two prompts the same."""
+    return prompt if isinstance(prompt, str) else transcript(prompt)
+
+
+def fitting_rows(tokenizer, limit: int, max_new_tokens: int, rows: datasets.Dataset, wanted: int, name: str,
+                 excluded: set[str] = frozenset()) -> datasets.Dataset:
+    """The first `wanted` rows that are not `excluded` and whose prompt fits `limit` tokens together with the judge's
+    frame and two full responses. Reads no further than that; says what it passed over. Raises Stop if none is left."""
+    kept, passed_over = [], collections.Counter()
+    for indices in chunks(range(len(rows)), 1000):
+        prompts = rows[list(indices)]["prompt"]
+        nothing = [""] * len(prompts)
+        for i, prompt, ids in zip(indices, prompts, encode_questions(tokenizer, prompts, nothing, nothing)):
+            if prompt_key(prompt) in excluded:
+                passed_over["also held out"] += 1
+            elif len(ids) + 2 * max_new_tokens > limit:
+                passed_over["too long for the context"] += 1
+            else:
+                kept.append(i)
+        if len(kept) >= wanted:
+            break
+    if passed_over:
+        print(f"{len(kept)} {name} rows fit, " + ", ".join(f"{n} dropped: {reason}" for reason, n in passed_over.items()))
+    if not kept:
+        raise Stop(f"No {name} row is left: {limit} tokens of context must hold the prompt, the judge's frame and two "
+                   f"responses of --max_new_tokens {max_new_tokens}.")
+    return rows.select(kept[:wanted])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 3. From text to token ids: what the policy continues, and what the judge is asked
+# ----------------------------------------------------------------------------------------------------------------------
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def as_messages(prompt: Prompt) -> list[dict]:
+    """"\\n\\nHuman: hi\\n\\nAssistant:" -> [{"role": "user", "content": "hi"}]; any other text is one user message."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not HH_TURN.match(prompt):
+        return [{"role": "user", "content": prompt.strip()}]
+    parts = HH_TURN.split(prompt)[1:]
+    turns = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def transcript(prompt: Prompt) -> str:
+    """A prompt as HH writes it: "Human: hi\\n\\nAssistant: hello\\n\\nHuman: and now?"."""
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in as_messages(prompt))
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer) -> re.Pattern:
+    """Matches the text of any special token."""
+    texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
+    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True) if len(t) > 1) or r"(?!)")
+
+
+def plain(tokenizer, text: str) -> str:
+    """Text from outside, with a space put into whatever spells a special token, so that it never becomes one."""
+    return special_tokens(tokenizer).sub(lambda match: match[0][0] + " " + match[0][1:], text)
+
+
+def framed(tokenizer, prompt: Prompt) -> str:
+    """A prompt as the model reads it: by its chat template if it has one, else as text (messages as HH writes them)."""
+    if tokenizer.chat_template:
+        messages = [{**m, "content": plain(tokenizer, m["content"])} for m in as_messages(prompt)]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return plain(tokenizer, prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:")
+
+
+def encode(tokenizer, texts: list[str]) -> list[Ids]:
+    """Framed texts -> ids. BOS comes from the chat template, or goes in front where the tokenizer itself puts it."""
+    bos = [] if tokenizer.chat_template or tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
+    return [bos + ids for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
+
+
+def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[Ids]:
+    """B prompts -> their ids, which a response continues."""
+    return encode(tokenizer, [framed(tokenizer, p) for p in prompts])
+
+
+def encode_responses(tokenizer, prompts: list[Prompt], responses: list[str], max_new_tokens: int) -> list[Ids]:
+    """N responses of the data -> ids as the policy would sample them: cut at max_new_tokens, else with EOS at the end."""
+    heads, tails = [framed(tokenizer, p) for p in prompts], [plain(tokenizer, r) for r in responses]
+    tails = [tail if head[-1].isspace() else " " + tail for head, tail in zip(heads, tails)]
+    rows = zip(encode(tokenizer, heads), encode(tokenizer, [h + t for h, t in zip(heads, tails)]), tails)
+    # enc(a + b) != enc(a) + enc(b): b is read off the whole, unless its first characters were merged with a's last
+    ids = [both[len(head):] if both[: len(head)] == head else tokenizer(tail, add_special_tokens=False).input_ids for head, both, tail in rows]
+    return [(row + [tokenizer.eos_token_id])[:max_new_tokens] for row in ids]
+
+
+def decode(tokenizer, rows: list[Ids]) -> list[str]:
+    """N sampled responses as the judge reads them, without special tokens."""
+    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
+
+
+JUDGE_FRAME = "Which response is better, A or B?\n\nPrompt:\n{prompt}\n\nA:\n{a}\n\nB:\n{b}\n\nBetter:"
+
+
+def judge_question(tokenizer, prompt: Prompt, a: str, b: str, end: str) -> str:
+    """The framed text whose next token is the verdict, "A" or "B"; `end` comes from verdict_format."""
+    return framed(tokenizer, JUDGE_FRAME.format(prompt=quoted(transcript(prompt)), a=quoted(a), b=quoted(b)) + end)
+
+
+def quoted(text: str) -> str:
+    """Every line behind "> ", so that no line of a response can pass for one of the frame's."""
+    return "\n".join("> " + line for line in text.splitlines() if line.strip()) or "> "
+
+
+@functools.lru_cache(maxsize=4)
+def verdict_format(tokenizer) -> tuple[str, int, int]:
+    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop where there are none.
+
+    A letter encoded by itself may get another id (SentencePiece), so both are read off the end of a whole question: after
+    a space ("Better: A"), else on a new line, else at once; they must be one token each and leave the question's alone."""
+    for end, gap in (("", " "), ("\n", ""), ("", "")):
+        text = judge_question(tokenizer, "p", "x", "y", end)
+        gap = "" if text[-1].isspace() else gap
+        head, a, b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
+        if a[:-1] == b[:-1] == head and a[-1] != b[-1] and tokenizer.unk_token_id not in (a[-1], b[-1]):
+            return end, a[-1], b[-1]
+    raise Stop(f"This tokenizer never makes the verdict letters A and B one token each at the end of the judge's question "
+               f"({text[-20:]!r}): change the end of JUDGE_FRAME in osp.py.")
+
+
+def encode_questions(tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
+                     limit: int = sys.maxsize) -> list[Ids]:
+    """N questions to the judge, response 1 shown as A; where one exceeds `limit` tokens, both its responses are cut."""
+    end, _, _ = verdict_format(tokenizer)
+    questions = encode(tokenizer, [judge_question(tokenizer, *row, end) for row in zip(prompts, responses_1, responses_2)])
+    for i, (a, b) in enumerate(zip(responses_1, responses_2)):
+        while len(questions[i]) > limit and (a or b):
+            a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
+            questions[i] = encode(tokenizer, [judge_question(tokenizer, prompts[i], a, b, end)])[0]
+    return questions
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 4. Supervised fine-tuning with the judging task: makes pi_SFT, the start, judge and reference
+# ----------------------------------------------------------------------------------------------------------------------
+def supervised_rows(tokenizer, batch: dict, args: Arguments, limit: int) -> tuple[list[Ids], list[Ids], torch.Tensor]:
+    """Preference pairs -> N rows of (prompt ids, target ids) and their weights (N,): -(weights * logps).sum() is the loss.
+
+    Two tasks of equal weight: the chosen responses (mean over their tokens), and the verdicts on each pair in both orders
+    (mean over the verdict tokens). Source: the paper; both orders and the loss on the verdict alone are reconstruction."""
+    prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
+    answers = encode_responses(tokenizer, prompts, chosen, args.max_new_tokens)
+    _, a_token, b_token = verdict_format(tokenizer)
+    questions = encode_questions(tokenizer, prompts + prompts, chosen + rejected, rejected + chosen, limit)
+    verdicts = [[a_token]] * len(chosen) + [[b_token]] * len(chosen)
+    tokens = sum(map(len, answers))
+    weights = torch.tensor([1 / tokens] * len(answers) + [1 / len(verdicts)] * len(verdicts))
+    return encode_prompts(tokenizer, prompts) + questions, answers + verdicts, weights
+
+
+def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Arguments) -> None:
+    """Trains `model` in place for sft_max_steps steps."""
+    optimizer, scheduler = optimizer_and_schedule(model, args.sft_learning_rate, args.sft_max_steps, args)
+    limit, pad, device = context_length(model), pad_token_id(tokenizer), model.device
+    bar = tqdm(range(args.sft_max_steps), desc="SFT")
+    for step in bar:
+        batch = train[step_indices(len(train), args.sft_batch_size, step, args.seed)]
+        prompt_ids, target_ids, weights = supervised_rows(tokenizer, batch, args, limit)
+        total = torch.zeros(2)
+        order = sorted(range(len(weights)), key=lambda i: len(prompt_ids[i]) + len(target_ids[i]))
+        for rows in chunks(order, args.micro_batch_size):
+            logps = response_logps(model, [prompt_ids[i] for i in rows], [target_ids[i] for i in rows], pad, args.micro_batch_size)
+            losses = -logps * weights[rows].to(device)
+            losses.sum().backward()
+            is_verdict = torch.tensor([i >= len(batch["prompt"]) for i in rows])
+            total += torch.stack([losses.detach().cpu()[~is_verdict].sum(), losses.detach().cpu()[is_verdict].sum()])
+        optimizer_step(model, optimizer, scheduler, total.sum(), args, f"SFT step {step}")
+        if step % 10 == 0:
+            bar.set_postfix_str(f"respond {total[0]:.3f} judge {total[1]:.3f}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 5. Sample K responses a prompt from the current policy
+# ----------------------------------------------------------------------------------------------------------------------
+def sampling_noise(seed: int, step: int, prompts: list[int], ks: list[int], length: int) -> torch.Tensor:
+    """(B, K, T) uniform float64 numbers that belong to (seed, step, prompt, k) alone: not to the batch, nor to the process."""
+    rows = [[np.random.default_rng((seed, step, i, k)).random(length) for k in ks] for i in prompts]
+    return torch.from_numpy(np.array(rows))
+
+
+@torch.no_grad()
+def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float, stop_ids: list[int], pad: int) -> list[list[Ids]]:
+    """B prompts' ids and noise (B, K, T) -> B lists of K sampled responses, at most T tokens, EOS kept where one was drawn.
+
+    On-policy means the model's own distribution: no top-k, no top-p, nothing from the checkpoint's generation_config."""
+    model.eval()
+    B, K, T = noise.shape
+    inputs = padded(prompt_ids, [[]] * B, pad, model.device)
+    cache = transformers.DynamicCache(config=model.config)
+    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].repeat_interleave(K, 0)
+    cache.batch_repeat_interleave(K)
+    mask = F.pad(inputs["attention_mask"].repeat_interleave(K, 0), (0, T), value=1)
+    position = inputs["position_ids"][:, -1:].repeat_interleave(K, 0)
+    noise, start = noise.reshape(B * K, T).to(model.device), inputs["input_ids"].shape[1]
+    stops, done = torch.tensor(stop_ids, device=model.device), torch.zeros(B * K, dtype=torch.bool, device=model.device)
+    tokens = []
+    for t in range(T):
+        cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # inverse-CDF sampling; float64: V may be large
+        token = torch.searchsorted(cdf, noise[:, t : t + 1] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
+        tokens.append(token)
+        done |= torch.isin(token[:, 0], stops)
+        if done.all() or t == T - 1:
+            break
+        position = position + 1
+        logits = model(input_ids=token, attention_mask=mask[:, : start + t + 1], position_ids=position, past_key_values=cache,
+                       use_cache=True, logits_to_keep=1).logits[:, -1]
+    rows = [cut_after_stop(row, stop_ids) for row in torch.cat(tokens, 1).tolist()]
+    return [rows[i * K : (i + 1) * K] for i in range(B)]
+
+
+def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
+    """[5, 6, eos, 9] -> [5, 6, eos]; a response that never stopped gets no EOS."""
+    end = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))
+    return ids[: end + 1]
+
+
+def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
+    """`sample` in micro-batches of prompts."""
+    out = []
+    for i in chunks(range(len(prompt_ids)), max(1, SAMPLING_BATCH_SIZE // noise.shape[1])):
+        out += sample(model, [prompt_ids[j] for j in i], noise[list(i)], args.temperature, stop_token_ids(model, tokenizer), pad_token_id(tokenizer))
+    return out
+
+
+SAMPLING_BATCH_SIZE = 128  # responses sampled together: without activations to keep, more fit than in a scoring pass
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 6. Rank against one baseline, and pair
+# ----------------------------------------------------------------------------------------------------------------------
+def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict, micro_batch_size: int = 8) -> torch.Tensor:
+    """B prompts with K response texts each -> (B, K) scores: the strength of each against the first, which itself has 1/2.
+
+    O(K) questions instead of O(K^2). Source: surveys' description of OSP's ranked pairing; the choice of the first
+    candidate as baseline is reconstruction: being on-policy, it keeps the comparisons informative as the policy improves."""
+    B, K = len(texts), len(texts[0])
+    rows = [(i, k) for i in range(B) for k in range(1, K)]
+    scores = torch.full((B, K), 0.5)
+    scores[:, 1:] = preference_strength(judge, tokenizer, [prompts[i] for i, _ in rows], [texts[i][k] for i, k in rows],
+                                        [texts[i][0] for i, _ in rows], asked, micro_batch_size).reshape(B, K - 1)
+    return scores
+
+
+def ranked_pairs(scores) -> list[tuple[int, int]]:
+    """K scores of one prompt's responses -> K//2 pairs of indices (better, worse): best with worst, then inwards.
+
+    [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order. Reconstruction: one
+    prompt then yields pairs from a landslide to a near tie, which is the point of modelling strength."""
+    order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
+    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
+
+
+def pair_responses(scores: torch.Tensor, responses: list[list[Ids]]) -> tuple[list[tuple[int, int, int]], int]:
+    """(B, K) scores and the responses -> P triples (prompt, better, worse), and how many identical pairs were dropped."""
+    pairs = [(i, j, k) for i, row in enumerate(scores.tolist()) for j, k in ranked_pairs(row)]
+    kept = [(i, j, k) for i, j, k in pairs if responses[i][j] != responses[i][k]]
+    return kept, len(pairs) - len(kept)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 7. Judge: the frozen SFT model says how strongly it prefers one response to another
+# ----------------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str], asked: dict | None = None,
+                          micro_batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """P pairs of texts -> P("A") with response 1 shown as A, and P("A") with response 2 shown as A; each (P,), in [0, 1].
+
+    P("A") is the softmax over the logits of the two verdict tokens after the question. `asked` maps a question's ids to
+    its P("A"): what stands there is not asked again, and what is asked is added. Identical questions are asked once."""
+    asked = {} if asked is None else asked
+    limit, verdicts = context_length(judge), list(verdict_format(tokenizer)[1:])
+    questions = [tuple(ids) for ids in encode_questions(tokenizer, [*prompts, *prompts], [*responses_1, *responses_2], [*responses_2, *responses_1], limit)]
+    judge.eval()
+    for rows in chunks(sorted(set(questions) - asked.keys(), key=lambda ids: (len(ids), ids)), micro_batch_size):
+        inputs = padded([list(ids) for ids in rows], [[]] * len(rows), pad_token_id(tokenizer), judge.device)
+        logits = judge(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, verdicts]
+        asked.update(zip(rows, logits.float().softmax(-1)[:, 0].tolist()))
+    first = torch.tensor([asked[ids] for ids in questions])
+    if not first.isfinite().all():
+        raise Stop("The judge's strengths are not numbers (NaN): the model's weights or its precision are broken.", code=1)
+    return first[: len(prompts)], first[len(prompts) :]
+
+
+def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str], asked: dict | None = None,
+                        micro_batch_size: int = 8) -> torch.Tensor:
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
+
+    p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
+    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, responses_1, responses_2, asked, micro_batch_size)
+    return both_orders(p_12, p_21)
+
+
+def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
+    """(P,), (P,) -> (P,): the average over both orders, in the form that gives exactly 1/2 where they are equal in floats."""
+    return (p_12 + (1 - p_21)) / 2
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 8. The SPCE loss
+# ----------------------------------------------------------------------------------------------------------------------
+def implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta: float) -> torch.Tensor:
+    """(P,) each -> h (P,) = beta * [(log pi(1) - log pi_SFT(1)) - (log pi(2) - log pi_SFT(2))], nats times beta. Source: DPO."""
+    return beta * ((policy_logps_1 - ref_logps_1) - (policy_logps_2 - ref_logps_2))
+
+
+def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_logps_1: torch.Tensor, ref_logps_2: torch.Tensor,
+              strength: torch.Tensor, beta: float) -> torch.Tensor:
+    """Soft-preference cross-entropy: sums of log-probs (P,) and strengths p(1 > 2) (P,) -> losses (P,), not reduced.
+
+        L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],    dL/dh = sigmoid(h) - p,    least at h = logit(p)
+
+    p = 1 is DPO, p = 1 - eps conservative DPO. Source: name and purpose the paper's; the formula is reconstruction: the
+    cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
+    h = implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta)
+    return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 9. Update: log-probabilities, micro-batches, one optimiser step
+# ----------------------------------------------------------------------------------------------------------------------
+def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> dict[str, torch.Tensor]:
+    """N prompts padded on the left, N responses on the right, so that the boundary is one column; positions count real tokens.
+
+    prompts [1 2 3], [4] and responses [5], [6 7] -> ids [[1 2 3 5 .], [. . 4 6 7]], mask [[1 1 1 1 0], [0 0 1 1 1]]."""
+    P, R = max(map(len, prompt_ids)), max(map(len, response_ids))
+    ids = torch.tensor([[pad] * (P - len(p)) + p + r + [pad] * (R - len(r)) for p, r in zip(prompt_ids, response_ids)])
+    mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompt_ids, response_ids)])
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+
+
+def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int) -> torch.Tensor:
+    """N prompts and responses as ids -> (N, T) fp32 log-probs of the response tokens, 0 beyond each response's end."""
+    inputs = padded(prompt_ids, response_ids, pad, model.device)
+    T = max(map(len, response_ids))
+    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
+    logps = logits.float().log_softmax(-1).gather(-1, inputs["input_ids"][:, -T:, None])[:, :, 0]
+    return logps.where(inputs["attention_mask"][:, -T:].bool(), 0.0)
+
+
+def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int, micro_batch_size: int = 8) -> torch.Tensor:
+    """N prompts and responses as ids -> (N,) fp32 log-probs in nats: sums over each response's tokens, its EOS included.
+
+    Sums, not means: the implicit reward is a ratio of probabilities of whole responses."""
+    order = sorted(range(len(response_ids)), key=lambda i: (len(prompt_ids[i]) + len(response_ids[i])))
+    sums = [token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
+            for rows in chunks(order, micro_batch_size)]
+    return torch.cat(sums)[torch.tensor(order, device=model.device).argsort()]
+
+
+def update(policy, optimizer, scheduler, pairs: dict, args: Arguments, pad: int, step: int) -> dict[str, float]:
+    """One optimiser step on the mean SPCE loss over all P pairs of the step; returns the step's figures.
+
+    `pairs`: prompt_ids, chosen_ids, rejected_ids (P lists of ids), strength, ref_chosen_logps, ref_rejected_logps (P,).
+    The loss logged is the loss of the whole step, however it was cut into micro-batches."""
+    P = len(pairs["strength"])
+    policy.train()
+    losses, margins, log_ratios = [], [], []
+    for rows in chunks(range(P), max(1, args.micro_batch_size // 2)):
+        s = slice(rows[0], rows[-1] + 1)
+        logps = response_logps(policy, pairs["prompt_ids"][s] * 2, pairs["chosen_ids"][s] + pairs["rejected_ids"][s], pad, args.micro_batch_size)
+        chosen, rejected = logps.chunk(2)
+        refs = pairs["ref_chosen_logps"][s], pairs["ref_rejected_logps"][s]
+        loss = spce_loss(chosen, rejected, *refs, pairs["strength"][s], args.beta)
+        (loss.sum() / P).backward()
+        losses.append(loss.detach())
+        margins.append(implicit_margin(chosen, rejected, *refs, args.beta).detach())
+        log_ratios.append((logps - torch.cat(refs)).detach())
+    losses, margins, strength = torch.cat(losses), torch.cat(margins), pairs["strength"]
+    decided = strength != 0.5
+    grad_norm = optimizer_step(policy, optimizer, scheduler, losses.mean(), args, f"step {step}")
+    return {"loss": losses.mean().item(), "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
+            "margin": margins.mean().item(), "margin_accuracy": ((margins > 0) == (strength > 0.5))[decided].float().mean().item(),
+            "kl": torch.cat(log_ratios).mean().item(), "grad_norm": grad_norm}
+
+
+def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Arguments):
+    """AdamW over all parameters without weight decay, and a schedule of transformers by its name."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
+    return optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+
+
+def optimizer_step(model, optimizer, scheduler, loss: torch.Tensor, args: Arguments, where: str) -> float:
+    """Clip, step, forget the gradients; returns the gradient norm before clipping. Raises Stop rather than write a NaN."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise Stop(f"{where}: the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights were left as they were. "
+                   "Lower the learning rate, or go on from the last checkpoint with --resume_from_checkpoint latest.", code=1)
+    optimizer.step()
+    scheduler.step()
+    optimizer.zero_grad()
+    return float(grad_norm)
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, for a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
+
+
+def chunks(items, size: int) -> Iterator:
+    """Consecutive slices of at most `size` items."""
+    return (items[i : i + size] for i in range(0, len(items), size))
+
+
+def step_indices(n: int, size: int, step: int, seed: int) -> Ids:
+    """The rows of one step: every epoch is a new order of all n; its last step may be smaller. A function of the step
+    alone, so that a resumed run needs no data position but the step."""
+    epoch, position = divmod(step, math.ceil(n / size))
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    return order[position * size : (position + 1) * size].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 10. Evaluate: the policy against pi_SFT on held-out prompts, and the judge on held-out pairs
+# ----------------------------------------------------------------------------------------------------------------------
+EVALUATION = 2**31  # the "step" under which evaluation draws its noise: no training step reaches it
+
+
+def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, args: Arguments, judge_and_tokenizer) -> tuple[dict, list[tuple]]:
+    """Figures of METHOD on held-out rows, and (prompt, SFT response, policy response) samples. One response each a prompt.
+
+    gold_reward, gold_reward_sft, win_rate_vs_sft (gold: share of prompts with the higher gold plus half the ties; without
+    gold: the judge's mean strength) and its standard error, kl (nats), distinct_fraction, response_tokens; the judge's own."""
+    prompts = list({prompt_key(p): p for p in rows["prompt"]}.values())[: args.num_eval_prompts]
+    ids, pad = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer)
+    noise = sampling_noise(args.seed, EVALUATION, list(range(len(prompts))), [0, 1], args.max_new_tokens)
+    before = [r[0] for r in sample_responses(sft, tokenizer, ids, noise[:, :1], args)]
+    after = [r[0] for r in sample_responses(policy, tokenizer, ids, noise[:, 1:], args)]
+    texts_before, texts_after = decode(tokenizer, before), decode(tokenizer, after)
+    with torch.no_grad():
+        kl = response_logps(policy, ids, after, pad, args.micro_batch_size) - response_logps(sft, ids, after, pad, args.micro_batch_size)
+    figures: dict[str, Any] = {}
+    if data.gold:
+        gold_before, gold_after = ([data.gold(p, t) for p, t in zip(prompts, texts)] for texts in (texts_before, texts_after))
+        wins = torch.tensor([(b > a) + (a == b) / 2 for a, b in zip(gold_before, gold_after)])
+        figures |= {"gold_reward": np.mean(gold_after).item(), "gold_reward_sft": np.mean(gold_before).item()}
+    else:
+        wins = preference_strength(*judge_and_tokenizer, prompts, texts_after, texts_before, None, args.micro_batch_size)
+        figures |= {"self_judged": args.eval_judge_name_or_path is None}
+    figures |= {"win_rate_vs_sft": wins.mean().item(), "win_rate_vs_sft_se": (wins.std(correction=0) / len(wins) ** 0.5).item(),
+                "kl": kl.mean().item()}
+    for suffix, responses in (("", after), ("_sft", before)):
+        figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
+        figures["response_tokens" + suffix] = np.mean([len(r) for r in responses]).item()
+    if "chosen" in rows.column_names:
+        figures |= judge_figures(sft, tokenizer, rows.select(range(min(args.num_eval_pairs, len(rows)))), data.gold, args)
+    return figures, list(zip(prompts, texts_before, texts_after))
+
+
+def judge_figures(judge, tokenizer, rows: datasets.Dataset, gold: Callable | None, args: Arguments) -> dict[str, float]:
+    """judge_accuracy against the gold, or the labels without gold; its calibration; order_agreement. On pairs of the data."""
+    prompts, chosen, rejected = list(rows["prompt"]), list(rows["chosen"]), list(rows["rejected"])
+    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, chosen, rejected, None, args.micro_batch_size)
+    strength = both_orders(p_12, p_21)
+    truth = torch.tensor([true_strength(p, a, b) for p, a, b in zip(prompts, chosen, rejected)]) if gold else torch.ones_like(strength)
+    decided = truth != 0.5
+    right = ((strength > 0.5) == (truth > 0.5)).float().where(strength != 0.5, 0.5)
+    figures = {"judge_accuracy": right[decided].mean().item(), "order_agreement": ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()}
+    if gold:
+        return figures | {"judge_calibration_error": (strength - truth).abs().mean().item()}
+    return figures | {"judge_ece": expected_calibration_error(torch.maximum(strength, 1 - strength), right)}
+
+
+def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
+    """(P,) confidences in [1/2, 1] and whether each was right -> mean gap between the two over `bins` bins, by their size."""
+    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = [(confidence[which == b].mean() - right[which == b].mean()).abs() * (which == b).sum() for b in which.unique()]
+    return (sum(gaps) / len(confidence)).item()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 11. Save and resume
+# ----------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def written_whole(folder: Path) -> Iterator[Path]:
+    """A folder that appears under its name only when all of it has been written; a crash leaves what was there before."""
+    scratch = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(scratch, ignore_errors=True)
+    scratch.mkdir(parents=True)
+    yield scratch
+    shutil.rmtree(folder, ignore_errors=True)
+    os.replace(scratch, folder)
+
+
+def write_json(path: Path, value: dict) -> None:
+    """A JSON file that is either the old one or the whole new one."""
+    scratch = path.with_name(f".{path.name}.partial")
+    scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    os.replace(scratch, path)
+
+
+def sft_fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
+    """A hash of everything that makes the SFT model: start weights, tokenizer, rows, arguments, this file, torch's version."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode() + transformers.__version__.encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    digest.update((tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode())
+    for batch in train.iter(10_000):
+        digest.update(json.dumps(batch).encode())
+    used = {k: v for k, v in vars(args).items() if k.startswith("sft_") and k != "sft_cache_dir"}
+    used |= {k: getattr(args, k) for k in ("seed", "bf16", "micro_batch_size", "max_new_tokens", "lr_scheduler_type", "warmup_steps", "max_grad_norm")}
+    digest.update(json.dumps(used, sort_keys=True).encode())
+    return digest.hexdigest()[:20]
+
+
+def cached_sft(model, tokenizer, train: datasets.Dataset, args: Arguments):
+    """The SFT model and whether it came from the cache; made and kept there if it was not."""
+    folder = Path(args.sft_cache_dir) / sft_fingerprint(model, tokenizer, train, args)
+    if folder.is_dir():
+        return load_weights(folder, model), True
+    supervised_finetune(model, tokenizer, train, args)
+    with written_whole(folder) as scratch:
+        save_model(model, tokenizer, scratch)
+    return model, False
+
+
+def save_model(model, tokenizer, folder: Path) -> None:
+    """What plain `from_pretrained` loads: config, generation_config, safetensors, tokenizer and chat template."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def load_weights(folder: Path, model):
+    """`model` with the weights that `save_model` wrote."""
+    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
+    return loaded.to(model.device)
+
+
+def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, args: Arguments) -> None:
+    """checkpoint-<step>: all that an exact resume needs. Sampling and data order are functions of (seed, step)."""
+    with written_whole(folder / f"checkpoint-{step}") as scratch:
+        save_model(policy, tokenizer, scratch)
+        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()},
+                   scratch / "training_state.pt")
+        write_json(scratch / "arguments.json", vars(args))
+
+
+def find_checkpoint(args: Arguments) -> Path | None:
+    """The folder that --resume_from_checkpoint means; None to start fresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    if args.resume_from_checkpoint == "latest":
+        found = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
+        if not found:
+            print(f"No checkpoint in {args.output_dir}: starting fresh.")
+        return found[-1] if found else None
+    folder = Path(args.resume_from_checkpoint)
+    if not (folder / "training_state.pt").is_file():
+        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is not a checkpoint (it has no training_state.pt); give a checkpoint-<step> folder or 'latest'.")
+    return folder
+
+
+def check_checkpoint(folder: Path, args: Arguments) -> None:
+    """Refuses a checkpoint that another configuration wrote."""
+    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir", "num_eval_prompts", "num_eval_pairs",
+            "eval_judge_name_or_path"}
+    then = json.loads((folder / "arguments.json").read_text())
+    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
+    if changed:
+        raise Stop(f"{str(folder)!r} was written with other arguments: {'; '.join(changed)}. Give the same ones, or start a new --output_dir.")
+
+
+def load_checkpoint(folder: Path, policy, optimizer, scheduler) -> int:
+    """Optimiser, schedule and random state as they were (the weights: load_weights); returns the steps already done."""
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    optimizer.load_state_dict(state["optimizer"])
+    scheduler.load_state_dict(state["scheduler"])
+    torch.set_rng_state(state["rng"])
+    return state["step"]
+
+
+def prepare_output(args: Arguments, checkpoint: Path | None) -> Path:
+    """The run's folder: fresh, or kept for a resume. Only what this program writes there is ever removed."""
+    folder = Path(args.output_dir)
+    if folder.is_dir() and any(folder.iterdir()) and args.resume_from_checkpoint is None:
+        if not args.overwrite_output_dir:
+            raise Stop(f"{str(folder)!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, or "
+                       "--resume_from_checkpoint latest to go on with it.")
+    if checkpoint is None and folder.is_dir():
+        for old in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
+            shutil.rmtree(old)
+        for name in ("metrics.jsonl", "summary.json", "arguments.json"):
+            (folder / name).unlink(missing_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def truncate_metrics(path: Path, steps: int) -> None:
+    """Forgets the lines of steps that a resumed run will do again."""
+    lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
+    path.write_text("".join(lines))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 12. The algorithm
+# ----------------------------------------------------------------------------------------------------------------------
+@contextmanager
+def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+    """Adds the wall time of a block to seconds[stage]."""
+    start = time.perf_counter()
+    yield
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+
+
+def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int, args: Arguments) -> dict:
+    """One step of Figure 2: sample, rank, pair, judge, SPCE, update. Returns the step's line of metrics.jsonl."""
+    seconds: dict[str, float] = {}
+    chosen_rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
+    prompts, pad = [data.prompts[i] for i in chosen_rows], pad_token_id(tokenizer)
+    prompt_ids = encode_prompts(tokenizer, prompts)
+    with timed(seconds, "seconds_sample"):
+        noise = sampling_noise(args.seed, step, chosen_rows, list(range(args.num_generations)), args.max_new_tokens)
+        responses = sample_responses(policy, tokenizer, prompt_ids, noise, args)
+        texts = [decode(tokenizer, r) for r in responses]
+    with timed(seconds, "seconds_rank"):
+        asked: dict[tuple, float] = {}
+        scores = ranking_scores(sft, tokenizer, prompts, texts, asked, args.micro_batch_size)
+        triples, identical = pair_responses(scores, responses)
+    flat = [ids for r in responses for ids in r]
+    metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical, "response_tokens": np.mean([len(ids) for ids in flat]).item(),
+               "eos_rate": np.mean([ids[-1] in stop_token_ids(policy, tokenizer) for ids in flat]).item()}
+    if triples:
+        with timed(seconds, "seconds_judge"):
+            p_12, p_21 = verdict_probabilities(sft, tokenizer, [prompts[i] for i, _, _ in triples], [texts[i][j] for i, j, _ in triples],
+                                               [texts[i][k] for i, _, k in triples], asked, args.micro_batch_size)
+            metrics["order_agreement"] = ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()
+        pairs = {"prompt_ids": [prompt_ids[i] for i, _, _ in triples], "chosen_ids": [responses[i][j] for i, j, _ in triples],
+                 "rejected_ids": [responses[i][k] for i, _, k in triples], "strength": both_orders(p_12, p_21).to(policy.device)}
+        with timed(seconds, "seconds_reference"), torch.no_grad():
+            for which in ("chosen", "rejected"):
+                pairs[f"ref_{which}_logps"] = response_logps(sft, pairs["prompt_ids"], pairs[f"{which}_ids"], pad, args.micro_batch_size)
+        with timed(seconds, "seconds_update"):
+            metrics |= {"learning_rate": scheduler.get_last_lr()[0]} | update(policy, optimizer, scheduler, pairs, args, pad, step)
+    metrics |= seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
+    return metrics
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs OSP from the command line's arguments; returns the figures of summary.json."""
+    started = time.perf_counter()
+    args = parse_arguments(argv)
+    checkpoint = find_checkpoint(args)
+    if checkpoint:
+        check_checkpoint(checkpoint, args)
+    output = prepare_output(args, checkpoint)
+
+    sft, tokenizer = load_model(args.model_name_or_path, args)
+    verdict_format(tokenizer)
+    data = load_data(tokenizer, sft, args)
+    sft.to("cuda" if torch.cuda.is_available() else "cpu")
+    write_json(output / "arguments.json", vars(args))
+
+    sft_started, cached = time.perf_counter(), False
+    if args.sft and "chosen" in data.train.column_names:
+        sft, cached = cached_sft(sft, tokenizer, data.train, args)
+    seconds_sft = time.perf_counter() - sft_started
+
+    policy = load_weights(checkpoint, sft) if checkpoint else copy.deepcopy(sft)  # pi_theta starts as pi_SFT
+    sft.requires_grad_(False)  # pi_SFT: the judge and the reference, one frozen copy
+    prepare_precision(policy, sft, args)
+    steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
+    steps = min(steps, args.max_steps) if args.max_steps >= 0 else steps
+    optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
+    first = load_checkpoint(checkpoint, policy, optimizer, scheduler) if checkpoint else 0
+    truncate_metrics(output / "metrics.jsonl", first)
+
+    osp_started, metrics, tokens = time.perf_counter(), {}, []
+    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="OSP")):
+        metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
+        log_step(output / "metrics.jsonl", metrics, bar)
+        tokens.append(metrics["tokens_per_second"])
+        if (step + 1) % args.save_steps == 0 and step + 1 < steps:
+            save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, args)
+    seconds_osp = time.perf_counter() - osp_started
+
+    judge = load_eval_judge(args) if args.eval_judge_name_or_path else (sft, tokenizer)
+    summary, samples = evaluate(policy, sft, tokenizer, data, data.held_out, args, judge)
+    if data.ood is not None:
+        summary |= {f"ood_{k}": v for k, v in evaluate(policy, sft, tokenizer, data, data.ood, args, judge)[0].items()}
+    summary |= {k: metrics[k] for k in ("margin", "margin_accuracy") if k in metrics}
+    summary |= {"prompts": len(data.prompts), "steps": steps, "seed": args.seed, "sft_cached": cached, "seconds_sft": seconds_sft,
+                "seconds_osp": seconds_osp, "seconds_total": time.perf_counter() - started, "tokens_per_second": float(np.mean(tokens)) if tokens else 0.0}
+    save_model(policy, tokenizer, output)
+    write_json(output / "summary.json", summary)
+    print_report(summary, samples, output)
+    return summary
+
+
+def prepare_precision(policy, sft, args: Arguments) -> None:
+    """fp32 weights are trained; with --bf16 the policy's passes run under autocast and the frozen copy is bf16 itself."""
+    if args.gradient_checkpointing:
+        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if args.bf16:
+        policy.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.forward)
+        sft.to(torch.bfloat16)
+
+
+def load_eval_judge(args: Arguments):
+    """Another model as judge of the final win rate, with its own tokenizer."""
+    judge, tokenizer = load_model(args.eval_judge_name_or_path, args)
+    verdict_format(tokenizer)
+    return judge, tokenizer
+
+
+def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
+    """One line of metrics.jsonl, and the figures that matter on the progress bar."""
+    with path.open("a") as file:
+        file.write(json.dumps(metrics, allow_nan=False) + "\n")
+    if metrics["pairs"] == 0:
+        bar.write(f"step {metrics['step']}: every pair was identical; no update")
+    else:
+        bar.set_postfix_str(f"loss {metrics['loss']:.3f} strength {metrics['strength_mean']:.2f} margin {metrics['margin']:.2f} KL {metrics['kl']:.2f}")
+
+
+def print_report(summary: dict, samples: list[tuple], output: Path) -> None:
+    """The table of SFT against OSP, and three held-out prompts before and after."""
+    pick = lambda key, form="{:.3f}": form.format(summary[key]) if summary.get(key) is not None else "-"
+    win = f"{pick('win_rate_vs_sft')} +- {pick('win_rate_vs_sft_se')}"
+    rows = [("gold reward", pick("gold_reward_sft"), pick("gold_reward")),
+            ("win rate against SFT" + (" (self-judged)" if summary.get("self_judged") else ""), "0.5", win),
+            ("KL from SFT, nats", "0", pick("kl", "{:.2f}")),
+            ("response length, tokens", pick("response_tokens_sft", "{:.1f}"), pick("response_tokens", "{:.1f}")),
+            ("distinct responses", pick("distinct_fraction_sft"), pick("distinct_fraction")),
+            ("out-of-domain win rate", "0.5", f"{pick('ood_win_rate_vs_sft')} +- {pick('ood_win_rate_vs_sft_se')}"),
+            ("judge accuracy", pick("judge_accuracy"), "(the judge stays"),
+            ("judge calibration error", pick("judge_calibration_error" if "judge_calibration_error" in summary else "judge_ece"), "the SFT model)")]
+    print(f"\n{'':40}{'SFT':>10}   OSP")
+    for name, before, after in rows:
+        print(f"{name:40}{before:>10}   {after}")
+    for prompt, before, after in samples[:3]:
+        print(f"\n{transcript(prompt)}\n  SFT: {before}\n  OSP: {after}")
+    print(f"\n{summary['seconds_sft']:.0f} s SFT{' (cached)' if summary['sft_cached'] else ''}, {summary['seconds_osp']:.0f} s OSP, "
+          f"{summary['seconds_total']:.0f} s in all. Model, metrics.jsonl and summary.json: {output}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 13. The built-in task: a miniature of HH in which the truth is known
+# ----------------------------------------------------------------------------------------------------------------------
+TOPICS = "rain snow tea bread music chess honey poetry coffee jazz soup football".split()
+KIND = "gentle lovely warm sweet bright calm splendid charming".split()
+RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
+PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
+TIMES = "tonight today tomorrow now soon later".split()
+PHRASINGS = ["tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}", "what is {topic} like {time} asks my {person}",
+             "describe {topic} to my {person} {time}", "please tell me about {topic} {time} says my {person}", "my {person} likes {topic} {time}",
+             "say something about {topic} to my {person} {time}", "{time} write to my {person} about {topic}"]
+OOD_PHRASINGS = ["about {topic} please tell my {person} something {time}", "{time} describe to my {person} what {topic} is like"]
+
+
+def gold_reward(prompt: str, response: str) -> float:
+    """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful) and 1/4 for its tone (harmless).
+
+    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed clauses count,
+    the first three, one said twice once: else length or repetition would be the reward."""
+    topic = next(word for word in prompt.split() if word in TOPICS)
+    clauses = [tuple(clause.split()) for clause in response.split(".")[:-1]]
+    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and c[0] in TOPICS and c[1] == "is" and c[2] in KIND + RUDE]
+    return sum((0.5 if c[0] == topic else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed[:3])
+
+
+def true_strength(prompt: str, response_1: str, response_2: str) -> float:
+    """The probability with which a human of this world prefers response 1."""
+    return 1 / (1 + math.exp(-4 * (gold_reward(prompt, response_1) - gold_reward(prompt, response_2))))
+
+
+def builtin_prompts(split: str) -> list[str]:
+    """All prompts of a split in HH's format. Out-of-domain ones have phrasings, and pairs of topic and person, of their own."""
+    combinations = [(t, p) for i, t in enumerate(TOPICS) for j, p in enumerate(PEOPLE) if ((i + j) % 4 == 0) == (split == "ood")]
+    texts = [f"\n\nHuman: {phrasing.format(topic=t, person=p, time=time)}\n\nAssistant:" for t, p in combinations for time in TIMES
+             for phrasing in (OOD_PHRASINGS if split == "ood" else PHRASINGS)]
+    random.Random(0).shuffle(texts)
+    return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
+
+
+def builtin_pair(rng: random.Random, prompt: str) -> tuple[str, str]:
+    """(chosen, rejected), labelled by Bernoulli(true_strength). A third differ in helpfulness alone, a third in harmlessness
+    alone, as HH's halves do; a third are independent of each other."""
+    topic = next(word for word in prompt.split() if word in TOPICS)
+    others = [t for t in TOPICS if t != topic]
+    clause = lambda on_topic, kind: f"{topic if on_topic else rng.choice(others)} is {rng.choice(KIND if kind else RUDE)} ."
+    draw = lambda: [(rng.random() < 0.6, rng.random() < 0.6) for _ in range(rng.randint(1, 3))]
+    one, differ = draw(), rng.choice(["both", "helpful", "harmless"])
+    flipped = rng.randrange(len(one))
+    two = draw() if differ == "both" else [(h ^ (i == flipped and differ == "helpful"), k ^ (i == flipped and differ == "harmless")) for i, (h, k) in enumerate(one)]
+    a, b = (" ".join(clause(*c) for c in clauses) for clauses in (one, two))
+    return (a, b) if rng.random() < true_strength(prompt, a, b) else (b, a)
+
+
+def builtin_preferences() -> datasets.DatasetDict:
+    """HH transcripts: 8,000 pairs to train on, one pair for each held-out ("test") and out-of-domain ("ood") prompt."""
+    splits = {}
+    for split in ("train", "test", "ood"):
+        rng, prompts = random.Random(split), builtin_prompts(split)
+        prompts = rng.choices(prompts, k=8000) if split == "train" else prompts
+        pairs = [(prompt, *builtin_pair(rng, prompt)) for prompt in prompts]
+        splits[split] = datasets.Dataset.from_list([{"chosen": f"{p} {a}", "rejected": f"{p} {b}"} for p, a, b in pairs])
+    return datasets.DatasetDict(splits)
+
+
+def builtin_model(seed: int):
+    """A random Llama of 100,000 parameters and a word-level tokenizer for the words of this world and of the judge's frame."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = " ".join([JUDGE_FRAME.format(prompt="> Human:", a=">", b=">"), "Assistant: A B is .", *TOPICS, *KIND, *RUDE, *PEOPLE, *TIMES,
+                      *PHRASINGS, *OOD_PHRASINGS]).split()
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(words))])}
+    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words_only, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
+                                      max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    torch.manual_seed(seed)
+    return transformers.LlamaForCausalLM(config), tokenizer
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# 14. The formats of preference data
+# ----------------------------------------------------------------------------------------------------------------------
+Parsed = tuple[Prompt, str | None, str | None] | str  # prompt, chosen, rejected; or why the row cannot be used
+
+
+@functools.lru_cache(maxsize=2)
+def read_dataset(name: str | None, config: str | None, data_dir: str | None) -> datasets.DatasetDict:
+    """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
+    if name is None:
+        return builtin_preferences()
+    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
+    kind = next((kinds[s] for s in path.suffixes if s in kinds), None)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            data = datasets.load_from_disk(name)
+        elif kind and not path.is_dir():
+            data = datasets.load_dataset(kind, data_files=name)
+        else:
+            data = datasets.load_dataset(name, config, data_dir=data_dir)
+    except Exception as error:  # the loaders raise a dozen kinds; each is the user's to mend
+        raise Stop(f"Cannot read the data set {name!r} ({first_line(error)}): give a Hub name, which needs the network, a "
+                   ".json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
+    return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
+
+
+def row_format(rows: datasets.Dataset, name: str | None) -> tuple[Callable[[dict], Parsed], datasets.Features]:
+    """The parser for rows with these columns, and the columns that it makes."""
+    text, columns = datasets.Value("string"), set(rows.column_names)
+    if {"info", "summaries", "choice"} <= columns:
+        parse, shown = parse_tldr, None
+    elif {"chosen", "rejected"} <= columns:
+        parse, shown = parse_pair, "chosen"
+    elif "prompt" in columns:
+        parse, shown = parse_prompt, "prompt"
+    else:
+        raise Stop(f"The columns {sorted(columns)} of {name!r} fit no known format: give chosen and rejected (and prompt), "
+                   "prompt alone, or TL;DR's info, summaries and choice.")
+    is_text = shown is None or isinstance(rows.features[shown], datasets.Value)
+    features = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
+    return parse, datasets.Features(features if parse is parse_prompt else features | {"chosen": text, "rejected": text})
+
+
+def parse_batch(parse: Callable[[dict], Parsed], dropped: collections.Counter, keys: list[str], batch: dict) -> dict:
+    """A batch of raw rows -> the usable ones under `keys`; the others are counted by reason in `dropped`."""
+    out = {key: [] for key in keys}
+    for row in (dict(zip(batch, values)) for values in zip(*batch.values())):
+        parsed = checked(parse(row))
+        if isinstance(parsed, str):
+            dropped[parsed] += 1
+        else:
+            for key, value in zip(keys, parsed):
+                out[key].append(value)
+    return out
+
+
+def checked(parsed: Parsed) -> Parsed:
+    """A parsed row, its responses stripped; or the reason why it must not be trained on."""
+    if isinstance(parsed, str):
+        return parsed
+    prompt, *responses = parsed
+    if isinstance(prompt, list):
+        if not prompt or prompt[-1]["role"] != "user" or not all(isinstance(m["content"], str) for m in prompt):
+            return "the prompt does not end with a user's message"
+    elif not isinstance(prompt, str) or not prompt.strip():
+        return "no prompt"
+    if responses == [None, None]:
+        return parsed
+    if not all(isinstance(r, str) and r.strip() for r in responses):
+        return "an empty response"
+    if any(HH_TURN.search(r) for r in responses):
+        return "a role marker inside a response"
+    chosen, rejected = (r.strip() for r in responses)
+    return (prompt, chosen, rejected) if chosen != rejected else "identical responses"
+
+
+def parse_prompt(row: dict) -> Parsed:
+    """{"prompt": text or messages}"""
+    return row["prompt"], None, None
+
+
+def parse_tldr(row: dict) -> Parsed:
+    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; rows of CNN/DM have no post."""
+    info, texts = row["info"] or {}, [s["text"] for s in row["summaries"] or []]
+    if not info.get("post"):
+        return "not a TL;DR post"
+    if row["choice"] not in (0, 1) or len(texts) != 2:
+        return "no choice between two summaries"
+    prompt = f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: {info['post'].strip()}\nTL;DR:"
+    return prompt, texts[row["choice"]], texts[1 - row["choice"]]
+
+
+def parse_pair(row: dict) -> Parsed:
+    """HH's transcripts, UltraFeedback's rows, TRL's standard and conversational ones, with a prompt or an implicit one."""
+    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
+    if isinstance(chosen, list) and isinstance(rejected, list):
+        shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
+        answers = [*chosen[len(shared):], *rejected[len(shared):]]
+        if len(answers) != 2 or any(m["role"] != "assistant" for m in answers):
+            return "the responses are not one assistant's message each"
+        prompt = shared or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
+        return [{"role": m["role"], "content": m["content"]} for m in prompt], answers[0]["content"], answers[1]["content"]
+    if not (isinstance(chosen, str) and isinstance(rejected, str)):
+        return "an empty response"
+    if prompt is not None:
+        return prompt, chosen, rejected
+    shared = os.path.commonprefix([chosen, rejected])
+    if HH_TURN.search(chosen):  # HH: a transcript each; the prompt ends at the LAST marker that both share
+        cut = shared.rfind("\n\nAssistant:") + len("\n\nAssistant:") if "\n\nAssistant:" in shared else 0
+    else:  # TRL's implicit prompt: it ends at the last space that both share
+        cut = shared.rfind(" ") + 1
+    return shared[:cut].rstrip(), chosen[cut:], rejected[cut:]
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Stop as stop:
+        print(f"osp: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
