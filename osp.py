@@ -33,7 +33,8 @@ import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Callable, Iterator, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import datasets
 import numpy as np
@@ -99,8 +100,8 @@ class Arguments:
     eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the final win rate")
 
 
-BUILTIN = dict(max_new_tokens=16, micro_batch_size=32, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=1000,
-               learning_rate=3e-4, num_train_epochs=9)
+BUILTIN = dict(max_new_tokens=16, micro_batch_size=32, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=600,
+               learning_rate=6e-4, num_train_epochs=9)
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -254,6 +255,11 @@ def fitting_rows(tokenizer, limit: int, max_new_tokens: int, rows: datasets.Data
     return rows.select(kept[:wanted])
 
 
+def first_line(error: Exception) -> str:
+    """The first line of a library's message, for a sentence of ours."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 3. From text to token ids: what the policy continues, and what the judge is asked
 # ----------------------------------------------------------------------------------------------------------------------
@@ -365,81 +371,86 @@ def encode_questions(tokenizer, prompts: list[Prompt], responses_1: list[str], r
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 4. Supervised fine-tuning with the judging task: makes pi_SFT, the start, judge and reference
+# 4. Supervised fine-tuning with the judging task: makes pi_SFT, which is the start, the judge and the reference
 # ----------------------------------------------------------------------------------------------------------------------
-def supervised_rows(tokenizer, batch: dict, args: Arguments, limit: int) -> tuple[list[Ids], list[Ids], torch.Tensor]:
-    """Preference pairs -> N rows of (prompt ids, target ids) and their weights (N,): -(weights * logps).sum() is the loss.
+SFT_EASY_STEPS, SFT_EASY_ROWS = 0.3, 0.25  # a curriculum: in this share of the steps, this share of the pairs (the shortest)
 
-    Two tasks of equal weight: the chosen responses (mean over their tokens), and the verdicts on each pair in both orders
-    (mean over the verdict tokens). Source: the paper; both orders and the loss on the verdict alone are reconstruction."""
+
+def supervised_tasks(tokenizer, batch: dict, limit: int, args: Arguments) -> dict[str, tuple[list[Ids], list[Ids]]]:
+    """Preference pairs -> the rows of both tasks, each as prompt ids and target ids: the loss is on the targets alone.
+
+    respond: the chosen responses. judge: the right verdict on each pair in both orders; reconstruction: both orders, and
+    the loss on the verdict only. Judging takes long to learn and responding does not, so a third of the responses do."""
     prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
-    answers = encode_responses(tokenizer, prompts, chosen, args.max_new_tokens)
-    _, a_token, b_token = verdict_format(tokenizer)
+    _, a, b = verdict_format(tokenizer)
     questions = encode_questions(tokenizer, prompts + prompts, chosen + rejected, rejected + chosen, limit)
-    verdicts = [[a_token]] * len(chosen) + [[b_token]] * len(chosen)
-    tokens = sum(map(len, answers))
-    weights = torch.tensor([1 / tokens] * len(answers) + [1 / len(verdicts)] * len(verdicts))
-    return encode_prompts(tokenizer, prompts) + questions, answers + verdicts, weights
+    third = math.ceil(len(prompts) / 3)
+    answers = encode_responses(tokenizer, prompts[:third], chosen[:third], args.max_new_tokens)
+    return {"respond": (encode_prompts(tokenizer, prompts[:third]), answers),
+            "judge": (questions, [[a]] * len(prompts) + [[b]] * len(prompts))}
 
 
 def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Arguments) -> None:
-    """Trains `model` in place for sft_max_steps steps."""
+    """Trains `model` in place on the sum of both tasks' mean token losses, for sft_max_steps steps."""
     optimizer, scheduler = optimizer_and_schedule(model, args.sft_learning_rate, args.sft_max_steps, args)
-    limit, pad, device = context_length(model), pad_token_id(tokenizer), model.device
-    bar = tqdm(range(args.sft_max_steps), desc="SFT")
-    for step in bar:
-        batch = train[step_indices(len(train), args.sft_batch_size, step, args.seed)]
-        prompt_ids, target_ids, weights = supervised_rows(tokenizer, batch, args, limit)
-        total = torch.zeros(2)
-        order = sorted(range(len(weights)), key=lambda i: len(prompt_ids[i]) + len(target_ids[i]))
-        for rows in chunks(order, args.micro_batch_size):
-            logps = response_logps(model, [prompt_ids[i] for i in rows], [target_ids[i] for i in rows], pad, args.micro_batch_size)
-            losses = -logps * weights[rows].to(device)
-            losses.sum().backward()
-            is_verdict = torch.tensor([i >= len(batch["prompt"]) for i in rows])
-            total += torch.stack([losses.detach().cpu()[~is_verdict].sum(), losses.detach().cpu()[is_verdict].sum()])
-        optimizer_step(model, optimizer, scheduler, total.sum(), args, f"SFT step {step}")
-        if step % 10 == 0:
-            bar.set_postfix_str(f"respond {total[0]:.3f} judge {total[1]:.3f}")
+    limit, pad = context_length(model), pad_token_id(tokenizer)
+    sizes = [len(chosen) + len(rejected) for chosen, rejected in zip(train["chosen"], train["rejected"])]
+    by_size = sorted(range(len(train)), key=sizes.__getitem__)
+    model.train()
+    for step in (bar := tqdm(range(args.sft_max_steps), desc="SFT")):
+        easy = step < args.sft_max_steps * SFT_EASY_STEPS
+        allowed = by_size[: math.ceil(len(train) * SFT_EASY_ROWS)] if easy else by_size
+        batch = train[[allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]]
+        losses = {}
+        for task, (prompt_ids, target_ids) in supervised_tasks(tokenizer, batch, limit, args).items():
+            order, tokens = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])), sum(map(len, target_ids))
+            for rows in chunks(order, args.micro_batch_size):
+                with precision(model, args):
+                    logps = response_logps(model, [prompt_ids[i] for i in rows], [target_ids[i] for i in rows], pad, len(rows))
+                (loss := -logps.sum() / tokens).backward()
+                losses[task] = losses.get(task, 0.0) + loss.item()
+        optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
+        bar.set_postfix_str(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()), refresh=False)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 5. Sample K responses a prompt from the current policy
 # ----------------------------------------------------------------------------------------------------------------------
-def sampling_noise(seed: int, step: int, prompts: list[int], ks: list[int], length: int) -> torch.Tensor:
-    """(B, K, T) uniform float64 numbers that belong to (seed, step, prompt, k) alone: not to the batch, nor to the process."""
-    rows = [[np.random.default_rng((seed, step, i, k)).random(length) for k in ks] for i in prompts]
-    return torch.from_numpy(np.array(rows))
+SAMPLING_BATCH_SIZE = 128  # responses sampled side by side: they keep no activations, so more fit than in an update
+
+
+def sampling_noise(seed: int, step: int, prompts: list[int], ks: Iterable[int], length: int) -> torch.Tensor:
+    """(B, K, T) uniform float64: numbers that belong to (seed, step, prompt, k), not to the batch nor to the process."""
+    return torch.from_numpy(np.array([[np.random.default_rng((seed, step, i, k)).random(length) for k in ks] for i in prompts]))
 
 
 @torch.no_grad()
 def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float, stop_ids: list[int], pad: int) -> list[list[Ids]]:
-    """B prompts' ids and noise (B, K, T) -> B lists of K sampled responses, at most T tokens, EOS kept where one was drawn.
+    """B prompts' ids and noise (B, K, T) -> B lists of K responses of at most T tokens, with the EOS where one was drawn.
 
-    On-policy means the model's own distribution: no top-k, no top-p, nothing from the checkpoint's generation_config."""
+    On-policy means the distribution itself: no top-k, no top-p, nothing from the checkpoint's generation_config. Each
+    token is the inverse of the distribution function at its noise. A prompt is computed once for all its K responses."""
     model.eval()
-    B, K, T = noise.shape
-    inputs = padded(prompt_ids, [[]] * B, pad, model.device)
+    (B, K, T), device = noise.shape, model.device
+    inputs = padded(prompt_ids, [[]] * B, pad, device)
     cache = transformers.DynamicCache(config=model.config)
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1].repeat_interleave(K, 0)
+    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.repeat_interleave(K, 0)
     cache.batch_repeat_interleave(K)
     mask = F.pad(inputs["attention_mask"].repeat_interleave(K, 0), (0, T), value=1)
-    position = inputs["position_ids"][:, -1:].repeat_interleave(K, 0)
-    noise, start = noise.reshape(B * K, T).to(model.device), inputs["input_ids"].shape[1]
-    stops, done = torch.tensor(stop_ids, device=model.device), torch.zeros(B * K, dtype=torch.bool, device=model.device)
-    tokens = []
+    positions = inputs["position_ids"][:, -1:].repeat_interleave(K, 0)
+    noise, stops = noise.reshape(B * K, T).to(device), torch.tensor(stop_ids, device=device)
+    done, tokens = torch.zeros(B * K, dtype=torch.bool, device=device), []
     for t in range(T):
-        cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # inverse-CDF sampling; float64: V may be large
+        cdf = (logits[:, -1].float() / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
         token = torch.searchsorted(cdf, noise[:, t : t + 1] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
         tokens.append(token)
         done |= torch.isin(token[:, 0], stops)
         if done.all() or t == T - 1:
             break
-        position = position + 1
-        logits = model(input_ids=token, attention_mask=mask[:, : start + t + 1], position_ids=position, past_key_values=cache,
-                       use_cache=True, logits_to_keep=1).logits[:, -1]
+        logits = model(input_ids=token, attention_mask=mask[:, : t + 1 - T], position_ids=positions + t + 1,
+                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     rows = [cut_after_stop(row, stop_ids) for row in torch.cat(tokens, 1).tolist()]
-    return [rows[i * K : (i + 1) * K] for i in range(B)]
+    return [rows[i : i + K] for i in range(0, B * K, K)]
 
 
 def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
@@ -449,30 +460,24 @@ def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
 
 
 def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
-    """`sample` in micro-batches of prompts."""
-    out = []
-    for i in chunks(range(len(prompt_ids)), max(1, SAMPLING_BATCH_SIZE // noise.shape[1])):
-        out += sample(model, [prompt_ids[j] for j in i], noise[list(i)], args.temperature, stop_token_ids(model, tokenizer), pad_token_id(tokenizer))
-    return out
-
-
-SAMPLING_BATCH_SIZE = 128  # responses sampled together: without activations to keep, more fit than in a scoring pass
+    """`sample`, a few prompts at a time."""
+    stops, pad, size = stop_token_ids(model, tokenizer), pad_token_id(tokenizer), max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
+    parts = zip(chunks(prompt_ids, size), noise.split(size))
+    return [rows for ids, u in parts for rows in sample(model, ids, u, args.temperature, stops, pad)]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Rank against one baseline, and pair
 # ----------------------------------------------------------------------------------------------------------------------
 def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict, micro_batch_size: int = 8) -> torch.Tensor:
-    """B prompts with K response texts each -> (B, K) scores: the strength of each against the first, which itself has 1/2.
+    """B prompts with K texts each -> (B, K) scores: the strength of each against the first, whose own score is 1/2.
 
-    O(K) questions instead of O(K^2). Source: surveys' description of OSP's ranked pairing; the choice of the first
-    candidate as baseline is reconstruction: being on-policy, it keeps the comparisons informative as the policy improves."""
+    O(K) questions instead of O(K^2). Source: the surveys' account of OSP's ranked pairing. The first candidate as the
+    baseline is reconstruction: being on-policy, it keeps the comparisons informative as the policy improves."""
     B, K = len(texts), len(texts[0])
-    rows = [(i, k) for i in range(B) for k in range(1, K)]
-    scores = torch.full((B, K), 0.5)
-    scores[:, 1:] = preference_strength(judge, tokenizer, [prompts[i] for i, _ in rows], [texts[i][k] for i, k in rows],
-                                        [texts[i][0] for i, _ in rows], asked, micro_batch_size).reshape(B, K - 1)
-    return scores
+    rows = [(prompt, text, row[0]) for prompt, row in zip(prompts, texts) for text in row[1:]]
+    strengths = preference_strength(judge, tokenizer, *map(list, zip(*rows)), asked, micro_batch_size)
+    return torch.cat([torch.full((B, 1), 0.5), strengths.reshape(B, K - 1)], 1)
 
 
 def ranked_pairs(scores) -> list[tuple[int, int]]:
@@ -485,7 +490,7 @@ def ranked_pairs(scores) -> list[tuple[int, int]]:
 
 
 def pair_responses(scores: torch.Tensor, responses: list[list[Ids]]) -> tuple[list[tuple[int, int, int]], int]:
-    """(B, K) scores and the responses -> P triples (prompt, better, worse), and how many identical pairs were dropped."""
+    """(B, K) scores and responses -> P triples (prompt, better, worse), and how many identical pairs were dropped."""
     pairs = [(i, j, k) for i, row in enumerate(scores.tolist()) for j, k in ranked_pairs(row)]
     kept = [(i, j, k) for i, j, k in pairs if responses[i][j] != responses[i][k]]
     return kept, len(pairs) - len(kept)
@@ -495,56 +500,56 @@ def pair_responses(scores: torch.Tensor, responses: list[list[Ids]]) -> tuple[li
 # 7. Judge: the frozen SFT model says how strongly it prefers one response to another
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
-def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str], asked: dict | None = None,
-                          micro_batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
-    """P pairs of texts -> P("A") with response 1 shown as A, and P("A") with response 2 shown as A; each (P,), in [0, 1].
+def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
+                          asked: dict | None = None, micro_batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """P pairs of texts -> P("A") with response 1 shown as A, and P("A") with response 2 shown as A: (P,) each, in [0, 1].
 
     P("A") is the softmax over the logits of the two verdict tokens after the question. `asked` maps a question's ids to
-    its P("A"): what stands there is not asked again, and what is asked is added. Identical questions are asked once."""
-    asked = {} if asked is None else asked
-    limit, verdicts = context_length(judge), list(verdict_format(tokenizer)[1:])
-    questions = [tuple(ids) for ids in encode_questions(tokenizer, [*prompts, *prompts], [*responses_1, *responses_2], [*responses_2, *responses_1], limit)]
+    its answer: what stands there is not asked again, and what is asked is added. Equal questions are asked once."""
+    asked, verdicts = {} if asked is None else asked, list(verdict_format(tokenizer)[1:])
+    ones, twos = list(responses_1), list(responses_2)
+    questions = encode_questions(tokenizer, list(prompts) * 2, ones + twos, twos + ones, context_length(judge))
+    questions = list(map(tuple, questions))
     judge.eval()
     for rows in chunks(sorted(set(questions) - asked.keys(), key=lambda ids: (len(ids), ids)), micro_batch_size):
-        inputs = padded([list(ids) for ids in rows], [[]] * len(rows), pad_token_id(tokenizer), judge.device)
+        inputs = padded(list(map(list, rows)), [[]] * len(rows), pad_token_id(tokenizer), judge.device)
         logits = judge(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, verdicts]
         asked.update(zip(rows, logits.float().softmax(-1)[:, 0].tolist()))
     first = torch.tensor([asked[ids] for ids in questions])
     if not first.isfinite().all():
-        raise Stop("The judge's strengths are not numbers (NaN): the model's weights or its precision are broken.", code=1)
-    return first[: len(prompts)], first[len(prompts) :]
-
-
-def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str], asked: dict | None = None,
-                        micro_batch_size: int = 8) -> torch.Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
-
-    p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
-    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, responses_1, responses_2, asked, micro_batch_size)
-    return both_orders(p_12, p_21)
+        raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
+    return first[: len(ones)], first[len(ones) :]
 
 
 def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
-    """(P,), (P,) -> (P,): the average over both orders, in the form that gives exactly 1/2 where they are equal in floats."""
+    """(P,), (P,) -> (P,): the average over both orders, in the form that is exactly 1/2 in floats where they are equal."""
     return (p_12 + (1 - p_21)) / 2
+
+
+def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
+                        asked: dict | None = None, micro_batch_size: int = 8) -> torch.Tensor:
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
+
+    p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
+    return both_orders(*verdict_probabilities(judge, tokenizer, prompts, responses_1, responses_2, asked, micro_batch_size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 8. The SPCE loss
 # ----------------------------------------------------------------------------------------------------------------------
 def implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta: float) -> torch.Tensor:
-    """(P,) each -> h (P,) = beta * [(log pi(1) - log pi_SFT(1)) - (log pi(2) - log pi_SFT(2))], nats times beta. Source: DPO."""
+    """(P,) each -> h (P,) = beta * [(log pi(1) - log pi_SFT(1)) - (log pi(2) - log pi_SFT(2))]. Source: DPO."""
     return beta * ((policy_logps_1 - ref_logps_1) - (policy_logps_2 - ref_logps_2))
 
 
 def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_logps_1: torch.Tensor, ref_logps_2: torch.Tensor,
               strength: torch.Tensor, beta: float) -> torch.Tensor:
-    """Soft-preference cross-entropy: sums of log-probs (P,) and strengths p(1 > 2) (P,) -> losses (P,), not reduced.
+    """Soft-preference cross-entropy: logps (P,) and strengths p(1 > 2) (P,) -> losses (P,), not reduced.
 
         L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],    dL/dh = sigmoid(h) - p,    least at h = logit(p)
 
-    p = 1 is DPO, p = 1 - eps conservative DPO. Source: name and purpose the paper's; the formula is reconstruction: the
-    cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
+    p = 1 is DPO; p = 1 - eps is conservative DPO. Source: name and purpose are the paper's; the formula is reconstruction,
+    the cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
     h = implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta)
     return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
 
@@ -553,58 +558,66 @@ def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_lo
 # 9. Update: log-probabilities, micro-batches, one optimiser step
 # ----------------------------------------------------------------------------------------------------------------------
 def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> dict[str, torch.Tensor]:
-    """N prompts padded on the left, N responses on the right, so that the boundary is one column; positions count real tokens.
+    """N prompts padded on the left and N responses on the right, so that all meet at one column; positions skip padding.
 
-    prompts [1 2 3], [4] and responses [5], [6 7] -> ids [[1 2 3 5 .], [. . 4 6 7]], mask [[1 1 1 1 0], [0 0 1 1 1]]."""
+    [1 2 3], [4] and [5], [6 7] -> input_ids [[1 2 3 5 .], [. . 4 6 7]], attention_mask [[1 1 1 1 0], [0 0 1 1 1]]."""
     P, R = max(map(len, prompt_ids)), max(map(len, response_ids))
-    ids = torch.tensor([[pad] * (P - len(p)) + p + r + [pad] * (R - len(r)) for p, r in zip(prompt_ids, response_ids)])
-    mask = torch.tensor([[0] * (P - len(p)) + [1] * (len(p) + len(r)) + [0] * (R - len(r)) for p, r in zip(prompt_ids, response_ids)])
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)
-    return {"input_ids": ids.to(device), "attention_mask": mask.to(device), "position_ids": positions.to(device)}
+    rows = [(P - len(p), p + r, R - len(r)) for p, r in zip(prompt_ids, response_ids)]
+    ids = torch.tensor([[pad] * left + row + [pad] * right for left, row, right in rows], device=device)
+    mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right for left, row, right in rows], device=device)
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
 def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int) -> torch.Tensor:
-    """N prompts and responses as ids -> (N, T) fp32 log-probs of the response tokens, 0 beyond each response's end."""
-    inputs = padded(prompt_ids, response_ids, pad, model.device)
-    T = max(map(len, response_ids))
+    """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end."""
+    inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
     logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
     logps = logits.float().log_softmax(-1).gather(-1, inputs["input_ids"][:, -T:, None])[:, :, 0]
     return logps.where(inputs["attention_mask"][:, -T:].bool(), 0.0)
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int, micro_batch_size: int = 8) -> torch.Tensor:
-    """N prompts and responses as ids -> (N,) fp32 log-probs in nats: sums over each response's tokens, its EOS included.
+    """N prompts and responses as ids -> (N,) fp32 logps in nats: sums over each response's tokens, its EOS included.
 
-    Sums, not means: the implicit reward is a ratio of probabilities of whole responses."""
-    order = sorted(range(len(response_ids)), key=lambda i: (len(prompt_ids[i]) + len(response_ids[i])))
+    Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
+    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i], len(response_ids[i])))
     sums = [token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
             for rows in chunks(order, micro_batch_size)]
     return torch.cat(sums)[torch.tensor(order, device=model.device).argsort()]
 
 
-def update(policy, optimizer, scheduler, pairs: dict, args: Arguments, pad: int, step: int) -> dict[str, float]:
-    """One optimiser step on the mean SPCE loss over all P pairs of the step; returns the step's figures.
+class Pairs(NamedTuple):
+    """The P pairs of one step: ids, and (P,) tensors."""
 
-    `pairs`: prompt_ids, chosen_ids, rejected_ids (P lists of ids), strength, ref_chosen_logps, ref_rejected_logps (P,).
-    The loss logged is the loss of the whole step, however it was cut into micro-batches."""
-    P = len(pairs["strength"])
+    prompt_ids: list[Ids]
+    chosen_ids: list[Ids]
+    rejected_ids: list[Ids]
+    strength: torch.Tensor  # p(chosen > rejected); below 1/2 where the judge contradicts the ranking
+    ref_chosen_logps: torch.Tensor
+    ref_rejected_logps: torch.Tensor
+
+
+def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int, step: int) -> dict[str, float]:
+    """One optimiser step on the mean SPCE loss over the step's P pairs, in micro-batches that do not change the gradient.
+
+    Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
+    pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
     policy.train()
-    losses, margins, log_ratios = [], [], []
+    P, losses, margins, log_ratios = len(pairs.strength), [], [], []
     for rows in chunks(range(P), max(1, args.micro_batch_size // 2)):
-        s = slice(rows[0], rows[-1] + 1)
-        logps = response_logps(policy, pairs["prompt_ids"][s] * 2, pairs["chosen_ids"][s] + pairs["rejected_ids"][s], pad, args.micro_batch_size)
-        chosen, rejected = logps.chunk(2)
-        refs = pairs["ref_chosen_logps"][s], pairs["ref_rejected_logps"][s]
-        loss = spce_loss(chosen, rejected, *refs, pairs["strength"][s], args.beta)
+        prompt_ids, chosen_ids, rejected_ids, strength, *refs = (column[rows.start : rows.stop] for column in pairs)
+        with precision(policy, args):
+            logps = response_logps(policy, prompt_ids * 2, chosen_ids + rejected_ids, pad, args.micro_batch_size)
+        loss = spce_loss(*logps.chunk(2), *refs, strength, args.beta)
         (loss.sum() / P).backward()
         losses.append(loss.detach())
-        margins.append(implicit_margin(chosen, rejected, *refs, args.beta).detach())
-        log_ratios.append((logps - torch.cat(refs)).detach())
-    losses, margins, strength = torch.cat(losses), torch.cat(margins), pairs["strength"]
-    decided = strength != 0.5
-    grad_norm = optimizer_step(policy, optimizer, scheduler, losses.mean(), args, f"step {step}")
-    return {"loss": losses.mean().item(), "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
-            "margin": margins.mean().item(), "margin_accuracy": ((margins > 0) == (strength > 0.5))[decided].float().mean().item(),
+        margins.append(implicit_margin(*logps.detach().chunk(2), *refs, args.beta))
+        log_ratios.append(logps.detach() - torch.cat(refs))
+    loss, margin, strength = torch.cat(losses).mean().item(), torch.cat(margins), pairs.strength
+    agree = ((margin > 0) == (strength > 0.5))[strength != 0.5].float()
+    grad_norm = optimizer_step(policy, optimizer, scheduler, loss, args, f"step {step + 1}")
+    return {"loss": loss, "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
+            "margin": margin.mean().item(), "margin_accuracy": agree.mean().item() if len(agree) else 0.5,
             "kl": torch.cat(log_ratios).mean().item(), "grad_norm": grad_norm}
 
 
@@ -615,91 +628,88 @@ def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Argume
     return optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
 
 
-def optimizer_step(model, optimizer, scheduler, loss: torch.Tensor, args: Arguments, where: str) -> float:
-    """Clip, step, forget the gradients; returns the gradient norm before clipping. Raises Stop rather than write a NaN."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)
+def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, where: str) -> float:
+    """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop rather than write a NaN."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Stop(f"{where}: the loss is {float(loss)} and the gradient norm {float(grad_norm)}; the weights were left as they were. "
-                   "Lower the learning rate, or go on from the last checkpoint with --resume_from_checkpoint latest.", code=1)
+        raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left as they were: "
+                   "lower the learning rate, or go on from the last checkpoint with --resume_from_checkpoint latest.", code=1)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
-    return float(grad_norm)
+    return grad_norm
 
 
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, for a sentence of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
+def step_indices(n: int, size: int, step: int, seed: int) -> list[int]:
+    """The rows of one step: every epoch is a new order of all n, its last step may be smaller. A function of the step
+    alone, so that a resumed run needs no other data position."""
+    epoch, position = divmod(step, math.ceil(n / size))
+    return np.random.default_rng((seed, epoch)).permutation(n)[position * size : (position + 1) * size].tolist()
 
 
-def chunks(items, size: int) -> Iterator:
+def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
     """Consecutive slices of at most `size` items."""
     return (items[i : i + size] for i in range(0, len(items), size))
-
-
-def step_indices(n: int, size: int, step: int, seed: int) -> Ids:
-    """The rows of one step: every epoch is a new order of all n; its last step may be smaller. A function of the step
-    alone, so that a resumed run needs no data position but the step."""
-    epoch, position = divmod(step, math.ceil(n / size))
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    return order[position * size : (position + 1) * size].tolist()
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 10. Evaluate: the policy against pi_SFT on held-out prompts, and the judge on held-out pairs
 # ----------------------------------------------------------------------------------------------------------------------
-EVALUATION = 2**31  # the "step" under which evaluation draws its noise: no training step reaches it
+EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
 
 
-def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, args: Arguments, judge_and_tokenizer) -> tuple[dict, list[tuple]]:
-    """Figures of METHOD on held-out rows, and (prompt, SFT response, policy response) samples. One response each a prompt.
+def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge, args: Arguments) -> tuple[dict, list[tuple]]:
+    """The figures of held-out rows, and samples (prompt, response of pi_SFT, response of the policy), one a prompt.
 
-    gold_reward, gold_reward_sft, win_rate_vs_sft (gold: share of prompts with the higher gold plus half the ties; without
-    gold: the judge's mean strength) and its standard error, kl (nats), distinct_fraction, response_tokens; the judge's own."""
+    win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
+    strength by `judge`, a (model, tokenizer). kl: nats, mean over the policy's responses of log pi_theta - log pi_SFT."""
     prompts = list({prompt_key(p): p for p in rows["prompt"]}.values())[: args.num_eval_prompts]
-    ids, pad = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer)
-    noise = sampling_noise(args.seed, EVALUATION, list(range(len(prompts))), [0, 1], args.max_new_tokens)
-    before = [r[0] for r in sample_responses(sft, tokenizer, ids, noise[:, :1], args)]
-    after = [r[0] for r in sample_responses(policy, tokenizer, ids, noise[:, 1:], args)]
+    ids, pad, size = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer), args.micro_batch_size
+    noise = sampling_noise(args.seed, EVALUATION, range(len(prompts)), (0, 1), args.max_new_tokens)
+    drawn = [sample_responses(model, tokenizer, ids, u, args) for model, u in zip((sft, policy), noise.split(1, dim=1))]
+    before, after = ([responses[0] for responses in rows_of] for rows_of in drawn)
     texts_before, texts_after = decode(tokenizer, before), decode(tokenizer, after)
-    with torch.no_grad():
-        kl = response_logps(policy, ids, after, pad, args.micro_batch_size) - response_logps(sft, ids, after, pad, args.micro_batch_size)
-    figures: dict[str, Any] = {}
+    with torch.no_grad(), precision(policy, args):
+        kl = response_logps(policy, ids, after, pad, size) - response_logps(sft, ids, after, pad, size)
     if data.gold:
-        gold_before, gold_after = ([data.gold(p, t) for p, t in zip(prompts, texts)] for texts in (texts_before, texts_after))
-        wins = torch.tensor([(b > a) + (a == b) / 2 for a, b in zip(gold_before, gold_after)])
-        figures |= {"gold_reward": np.mean(gold_after).item(), "gold_reward_sft": np.mean(gold_before).item()}
+        gold_before, gold_after = (torch.tensor([data.gold(*x) for x in zip(prompts, texts)]) for texts in (texts_before, texts_after))
+        wins = (gold_after > gold_before).float() + (gold_after == gold_before).float() / 2
+        figures = {"gold_reward": gold_after.mean().item(), "gold_reward_sft": gold_before.mean().item()}
     else:
-        wins = preference_strength(*judge_and_tokenizer, prompts, texts_after, texts_before, None, args.micro_batch_size)
-        figures |= {"self_judged": args.eval_judge_name_or_path is None}
-    figures |= {"win_rate_vs_sft": wins.mean().item(), "win_rate_vs_sft_se": (wins.std(correction=0) / len(wins) ** 0.5).item(),
+        wins = preference_strength(*judge, prompts, texts_after, texts_before, None, size)
+        figures = {"self_judged": args.eval_judge_name_or_path is None}
+    figures |= {"win_rate_vs_sft": wins.mean().item(), "win_rate_vs_sft_se": wins.std(correction=0).item() / len(wins) ** 0.5,
                 "kl": kl.mean().item()}
     for suffix, responses in (("", after), ("_sft", before)):
         figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
-        figures["response_tokens" + suffix] = np.mean([len(r) for r in responses]).item()
+        figures["response_tokens" + suffix] = sum(map(len, responses)) / len(responses)
     if "chosen" in rows.column_names:
-        figures |= judge_figures(sft, tokenizer, rows.select(range(min(args.num_eval_pairs, len(rows)))), data.gold, args)
+        figures |= judge_figures(sft, tokenizer, rows[: args.num_eval_pairs], data.gold is not None, size)
     return figures, list(zip(prompts, texts_before, texts_after))
 
 
-def judge_figures(judge, tokenizer, rows: datasets.Dataset, gold: Callable | None, args: Arguments) -> dict[str, float]:
-    """judge_accuracy against the gold, or the labels without gold; its calibration; order_agreement. On pairs of the data."""
-    prompts, chosen, rejected = list(rows["prompt"]), list(rows["chosen"]), list(rows["rejected"])
-    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, chosen, rejected, None, args.micro_batch_size)
+def judge_figures(judge, tokenizer, pairs: dict, gold: bool, micro_batch_size: int) -> dict[str, float]:
+    """judge_accuracy against the truth if it is known, else against the labels; calibration to either; order_agreement."""
+    columns = pairs["prompt"], pairs["chosen"], pairs["rejected"]
+    p_12, p_21 = verdict_probabilities(judge, tokenizer, *columns, None, micro_batch_size)
     strength = both_orders(p_12, p_21)
-    truth = torch.tensor([true_strength(p, a, b) for p, a, b in zip(prompts, chosen, rejected)]) if gold else torch.ones_like(strength)
-    decided = truth != 0.5
+    truth = torch.tensor([true_strength(*row) for row in zip(*columns)]) if gold else torch.ones(len(strength))
     right = ((strength > 0.5) == (truth > 0.5)).float().where(strength != 0.5, 0.5)
-    figures = {"judge_accuracy": right[decided].mean().item(), "order_agreement": ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()}
+    figures = {"judge_accuracy": right[truth != 0.5].mean().item(), "order_agreement": order_agreement(p_12, p_21)}
     if gold:
         return figures | {"judge_calibration_error": (strength - truth).abs().mean().item()}
     return figures | {"judge_ece": expected_calibration_error(torch.maximum(strength, 1 - strength), right)}
 
 
+def order_agreement(p_12: torch.Tensor, p_21: torch.Tensor) -> float:
+    """Share of pairs of which both orders name the same winner."""
+    return ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()
+
+
 def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
-    """(P,) confidences in [1/2, 1] and whether each was right -> mean gap between the two over `bins` bins, by their size."""
+    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap between the two over bins, by their size."""
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(confidence[which == b].mean() - right[which == b].mean()).abs() * (which == b).sum() for b in which.unique()]
+    gaps = [(confidence[which == b] - right[which == b]).sum().abs() for b in which.unique()]
     return (sum(gaps) / len(confidence)).item()
 
 
@@ -707,46 +717,20 @@ def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bi
 # 11. Save and resume
 # ----------------------------------------------------------------------------------------------------------------------
 @contextmanager
-def written_whole(folder: Path) -> Iterator[Path]:
-    """A folder that appears under its name only when all of it has been written; a crash leaves what was there before."""
-    scratch = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
-    scratch.mkdir(parents=True)
-    yield scratch
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(scratch, folder)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """A JSON file that is either the old one or the whole new one."""
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half."""
     scratch = path.with_name(f".{path.name}.partial")
-    scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+    shutil.rmtree(scratch, ignore_errors=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield scratch
+    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be moved onto another one; a file can
     os.replace(scratch, path)
 
 
-def sft_fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
-    """A hash of everything that makes the SFT model: start weights, tokenizer, rows, arguments, this file, torch's version."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + torch.__version__.encode() + transformers.__version__.encode())
-    for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
-    digest.update((tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template)).encode())
-    for batch in train.iter(10_000):
-        digest.update(json.dumps(batch).encode())
-    used = {k: v for k, v in vars(args).items() if k.startswith("sft_") and k != "sft_cache_dir"}
-    used |= {k: getattr(args, k) for k in ("seed", "bf16", "micro_batch_size", "max_new_tokens", "lr_scheduler_type", "warmup_steps", "max_grad_norm")}
-    digest.update(json.dumps(used, sort_keys=True).encode())
-    return digest.hexdigest()[:20]
-
-
-def cached_sft(model, tokenizer, train: datasets.Dataset, args: Arguments):
-    """The SFT model and whether it came from the cache; made and kept there if it was not."""
-    folder = Path(args.sft_cache_dir) / sft_fingerprint(model, tokenizer, train, args)
-    if folder.is_dir():
-        return load_weights(folder, model), True
-    supervised_finetune(model, tokenizer, train, args)
-    with written_whole(folder) as scratch:
-        save_model(model, tokenizer, scratch)
-    return model, False
+def write_json(path: Path, value: dict) -> None:
+    """One flat JSON object."""
+    with written_whole(path) as scratch:
+        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -756,47 +740,49 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def load_weights(folder: Path, model):
-    """`model` with the weights that `save_model` wrote."""
+    """A model like `model`, in fp32, with the weights that `save_model` wrote."""
     loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
     return loaded.to(model.device)
 
 
+SFT_ARGUMENTS = ("sft_learning_rate", "sft_batch_size", "sft_max_steps", "seed", "bf16", "micro_batch_size", "max_new_tokens",
+                 "lr_scheduler_type", "warmup_steps", "max_grad_norm", "gradient_checkpointing")
+
+
+def sft_fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
+    """A hash of everything that makes the SFT model: this file, versions, arguments, start weights, tokenizer, rows."""
+    used = [torch.__version__, transformers.__version__, {name: getattr(args, name) for name in SFT_ARGUMENTS},
+            tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
+    digest = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(used).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    for rows in train.iter(10_000):
+        digest.update(json.dumps(rows).encode())
+    return digest.hexdigest()[:20]
+
+
+def cached_sft(model, tokenizer, train: datasets.Dataset, args: Arguments):
+    """The SFT model, and whether it was found in the cache; it is made and put there if not."""
+    folder = Path(args.sft_cache_dir) / sft_fingerprint(model, tokenizer, train, args)
+    if folder.is_dir():
+        return load_weights(folder, model), True
+    supervised_finetune(model, tokenizer, train, args)
+    with written_whole(folder) as scratch:
+        save_model(model, tokenizer, scratch)
+    return model, False
+
+
 def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, args: Arguments) -> None:
-    """checkpoint-<step>: all that an exact resume needs. Sampling and data order are functions of (seed, step)."""
+    """checkpoint-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step)."""
     with written_whole(folder / f"checkpoint-{step}") as scratch:
         save_model(policy, tokenizer, scratch)
-        torch.save({"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()},
-                   scratch / "training_state.pt")
+        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+        torch.save(state, scratch / "training_state.pt")
         write_json(scratch / "arguments.json", vars(args))
 
 
-def find_checkpoint(args: Arguments) -> Path | None:
-    """The folder that --resume_from_checkpoint means; None to start fresh."""
-    if args.resume_from_checkpoint is None:
-        return None
-    if args.resume_from_checkpoint == "latest":
-        found = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda p: int(p.name.split("-")[1]))
-        if not found:
-            print(f"No checkpoint in {args.output_dir}: starting fresh.")
-        return found[-1] if found else None
-    folder = Path(args.resume_from_checkpoint)
-    if not (folder / "training_state.pt").is_file():
-        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is not a checkpoint (it has no training_state.pt); give a checkpoint-<step> folder or 'latest'.")
-    return folder
-
-
-def check_checkpoint(folder: Path, args: Arguments) -> None:
-    """Refuses a checkpoint that another configuration wrote."""
-    free = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir", "num_eval_prompts", "num_eval_pairs",
-            "eval_judge_name_or_path"}
-    then = json.loads((folder / "arguments.json").read_text())
-    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
-    if changed:
-        raise Stop(f"{str(folder)!r} was written with other arguments: {'; '.join(changed)}. Give the same ones, or start a new --output_dir.")
-
-
-def load_checkpoint(folder: Path, policy, optimizer, scheduler) -> int:
-    """Optimiser, schedule and random state as they were (the weights: load_weights); returns the steps already done."""
+def load_checkpoint(folder: Path, optimizer, scheduler) -> int:
+    """Optimiser, schedule and random state as they were (load_weights does the weights); returns the steps done."""
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
@@ -804,26 +790,53 @@ def load_checkpoint(folder: Path, policy, optimizer, scheduler) -> int:
     return state["step"]
 
 
-def prepare_output(args: Arguments, checkpoint: Path | None) -> Path:
-    """The run's folder: fresh, or kept for a resume. Only what this program writes there is ever removed."""
-    folder = Path(args.output_dir)
-    if folder.is_dir() and any(folder.iterdir()) and args.resume_from_checkpoint is None:
-        if not args.overwrite_output_dir:
-            raise Stop(f"{str(folder)!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, or "
-                       "--resume_from_checkpoint latest to go on with it.")
-    if checkpoint is None and folder.is_dir():
-        for old in [*folder.glob("checkpoint-*"), *folder.glob(".checkpoint-*")]:
-            shutil.rmtree(old)
-        for name in ("metrics.jsonl", "summary.json", "arguments.json"):
-            (folder / name).unlink(missing_ok=True)
-    folder.mkdir(parents=True, exist_ok=True)
+FREE_ON_RESUME = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir", "num_eval_prompts",
+                  "num_eval_pairs", "eval_judge_name_or_path")
+
+
+def find_checkpoint(args: Arguments) -> Path | None:
+    """The folder that --resume_from_checkpoint means, written with the same arguments; None to start fresh."""
+    if args.resume_from_checkpoint is None:
+        return None
+    folder = Path(args.resume_from_checkpoint)
+    if args.resume_from_checkpoint == "latest":
+        found = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+        if not found:
+            print(f"No checkpoint in {args.output_dir}: starting fresh.")
+            return None
+        folder = found[-1]
+    if not (folder / "training_state.pt").is_file():
+        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is no checkpoint, for it has no training_state.pt: give a "
+                   "checkpoint-<step> folder, or latest.")
+    then = json.loads((folder / "arguments.json").read_text())
+    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in FREE_ON_RESUME and then.get(k) != v]
+    if changed:
+        raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another --output_dir.")
     return folder
 
 
-def truncate_metrics(path: Path, steps: int) -> None:
-    """Forgets the lines of steps that a resumed run will do again."""
+def prepare_output(args: Arguments, checkpoint: Path | None) -> Path:
+    """The run's folder, emptied of an older run only where the user said so, and only of what this program writes."""
+    folder = Path(args.output_dir)
+    if folder.exists() and not folder.is_dir():
+        raise Stop(f"--output_dir {str(folder)!r} is a file: give a folder.")
+    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
+        raise Stop(f"{str(folder)!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, or "
+                   "--resume_from_checkpoint latest to go on with it.")
+    folder.mkdir(parents=True, exist_ok=True)
+    if checkpoint is None:
+        for old in folder.glob("checkpoint-*"):
+            shutil.rmtree(old)
+        for name in ("metrics.jsonl", "summary.json"):
+            (folder / name).unlink(missing_ok=True)
+    return folder
+
+
+def keep_metrics(path: Path, steps: int) -> None:
+    """Keeps the lines of the first `steps` steps: a resumed run does the later ones again."""
     lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
-    path.write_text("".join(lines))
+    with written_whole(path) as scratch:
+        scratch.write_text("".join(lines))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -831,112 +844,100 @@ def truncate_metrics(path: Path, steps: int) -> None:
 # ----------------------------------------------------------------------------------------------------------------------
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
-    """Adds the wall time of a block to seconds[stage]."""
+    """Adds the wall time of a block to seconds["seconds_" + stage]."""
     start = time.perf_counter()
     yield
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    seconds[stage] = seconds.get(stage, 0.0) + time.perf_counter() - start
+    seconds["seconds_" + stage] = seconds.get("seconds_" + stage, 0.0) + time.perf_counter() - start
+
+
+def precision(model, args: Arguments):
+    """Weights stay fp32, whose small updates bf16 would round away; with --bf16 the passes through them are in bf16."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
 
 
 def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int, args: Arguments) -> dict:
-    """One step of Figure 2: sample, rank, pair, judge, SPCE, update. Returns the step's line of metrics.jsonl."""
+    """One step of the paper's Figure 2. Returns its line of metrics.jsonl."""
     seconds: dict[str, float] = {}
-    chosen_rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
-    prompts, pad = [data.prompts[i] for i in chosen_rows], pad_token_id(tokenizer)
+    rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
+    prompts, pad, size = [data.prompts[i] for i in rows], pad_token_id(tokenizer), args.micro_batch_size
     prompt_ids = encode_prompts(tokenizer, prompts)
-    with timed(seconds, "seconds_sample"):
-        noise = sampling_noise(args.seed, step, chosen_rows, list(range(args.num_generations)), args.max_new_tokens)
+    with timed(seconds, "sample"), precision(policy, args):
+        noise = sampling_noise(args.seed, step, rows, range(args.num_generations), args.max_new_tokens)
         responses = sample_responses(policy, tokenizer, prompt_ids, noise, args)
-        texts = [decode(tokenizer, r) for r in responses]
-    with timed(seconds, "seconds_rank"):
-        asked: dict[tuple, float] = {}
-        scores = ranking_scores(sft, tokenizer, prompts, texts, asked, args.micro_batch_size)
+        texts = [decode(tokenizer, row) for row in responses]
+    with timed(seconds, "rank"):
+        asked: dict[tuple, float] = {}  # this step's questions and their answers: none is asked twice
+        scores = ranking_scores(sft, tokenizer, prompts, texts, asked, size)
         triples, identical = pair_responses(scores, responses)
-    flat = [ids for r in responses for ids in r]
-    metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical, "response_tokens": np.mean([len(ids) for ids in flat]).item(),
-               "eos_rate": np.mean([ids[-1] in stop_token_ids(policy, tokenizer) for ids in flat]).item()}
+    flat, stops = [ids for row in responses for ids in row], stop_token_ids(policy, tokenizer)
+    metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical,
+               "response_tokens": sum(map(len, flat)) / len(flat), "eos_rate": sum(ids[-1] in stops for ids in flat) / len(flat)}
     if triples:
-        with timed(seconds, "seconds_judge"):
-            p_12, p_21 = verdict_probabilities(sft, tokenizer, [prompts[i] for i, _, _ in triples], [texts[i][j] for i, j, _ in triples],
-                                               [texts[i][k] for i, _, k in triples], asked, args.micro_batch_size)
-            metrics["order_agreement"] = ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()
-        pairs = {"prompt_ids": [prompt_ids[i] for i, _, _ in triples], "chosen_ids": [responses[i][j] for i, j, _ in triples],
-                 "rejected_ids": [responses[i][k] for i, _, k in triples], "strength": both_orders(p_12, p_21).to(policy.device)}
-        with timed(seconds, "seconds_reference"), torch.no_grad():
-            for which in ("chosen", "rejected"):
-                pairs[f"ref_{which}_logps"] = response_logps(sft, pairs["prompt_ids"], pairs[f"{which}_ids"], pad, args.micro_batch_size)
-        with timed(seconds, "seconds_update"):
-            metrics |= {"learning_rate": scheduler.get_last_lr()[0]} | update(policy, optimizer, scheduler, pairs, args, pad, step)
-    metrics |= seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
-    return metrics
+        asked_of, chosen, rejected = zip(*[(prompts[i], texts[i][j], texts[i][k]) for i, j, k in triples])
+        prompt_rows, chosen_ids, rejected_ids = map(list, zip(*[(prompt_ids[i], responses[i][j], responses[i][k]) for i, j, k in triples]))
+        with timed(seconds, "judge"):
+            p_12, p_21 = verdict_probabilities(sft, tokenizer, asked_of, chosen, rejected, asked, size)
+            strength = both_orders(p_12, p_21).to(policy.device)
+        with timed(seconds, "reference"), torch.no_grad():
+            refs = response_logps(sft, prompt_rows * 2, chosen_ids + rejected_ids, pad, size).chunk(2)
+        with timed(seconds, "update"):
+            metrics |= {"learning_rate": scheduler.get_last_lr()[0], "order_agreement": order_agreement(p_12, p_21)}
+            pairs = Pairs(prompt_rows, chosen_ids, rejected_ids, strength, *refs)
+            metrics |= update(policy, optimizer, scheduler, pairs, args, pad, step)
+    return metrics | seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Runs OSP from the command line's arguments; returns the figures of summary.json."""
+    """Runs OSP with the command line's arguments; returns the figures of summary.json."""
     started = time.perf_counter()
+    transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
     args = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
-    if checkpoint:
-        check_checkpoint(checkpoint, args)
     output = prepare_output(args, checkpoint)
 
     sft, tokenizer = load_model(args.model_name_or_path, args)
     verdict_format(tokenizer)
+    judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else (sft, tokenizer)
     data = load_data(tokenizer, sft, args)
     sft.to("cuda" if torch.cuda.is_available() else "cpu")
     write_json(output / "arguments.json", vars(args))
 
-    sft_started, cached = time.perf_counter(), False
-    if args.sft and "chosen" in data.train.column_names:
-        sft, cached = cached_sft(sft, tokenizer, data.train, args)
-    seconds_sft = time.perf_counter() - sft_started
-
+    seconds, cached = {}, False
+    with timed(seconds, "sft"):
+        if args.sft and "chosen" in data.train.column_names:
+            sft, cached = cached_sft(sft, tokenizer, data.train, args)
     policy = load_weights(checkpoint, sft) if checkpoint else copy.deepcopy(sft)  # pi_theta starts as pi_SFT
-    sft.requires_grad_(False)  # pi_SFT: the judge and the reference, one frozen copy
-    prepare_precision(policy, sft, args)
+    sft.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)  # pi_SFT: judge and reference in one
+    if args.gradient_checkpointing:
+        policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
-    steps = min(steps, args.max_steps) if args.max_steps >= 0 else steps
+    steps = steps if args.max_steps < 0 else min(steps, args.max_steps)
     optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
-    first = load_checkpoint(checkpoint, policy, optimizer, scheduler) if checkpoint else 0
-    truncate_metrics(output / "metrics.jsonl", first)
+    done = load_checkpoint(checkpoint, optimizer, scheduler) if checkpoint else 0
+    keep_metrics(output / "metrics.jsonl", done)
 
-    osp_started, metrics, tokens = time.perf_counter(), {}, []
-    for step in (bar := tqdm(range(first, steps), initial=first, total=steps, desc="OSP")):
-        metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
-        log_step(output / "metrics.jsonl", metrics, bar)
-        tokens.append(metrics["tokens_per_second"])
-        if (step + 1) % args.save_steps == 0 and step + 1 < steps:
-            save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, args)
-    seconds_osp = time.perf_counter() - osp_started
+    speed = []
+    with timed(seconds, "osp"):
+        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
+            metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
+            log_step(output / "metrics.jsonl", metrics, bar)
+            speed.append(metrics["tokens_per_second"])
+            if (step + 1) % args.save_steps == 0 and step + 1 < steps:
+                save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, args)
 
-    judge = load_eval_judge(args) if args.eval_judge_name_or_path else (sft, tokenizer)
-    summary, samples = evaluate(policy, sft, tokenizer, data, data.held_out, args, judge)
+    judge = judge if args.eval_judge_name_or_path else (sft, tokenizer)
+    summary, samples = evaluate(policy, sft, tokenizer, data, data.held_out, judge, args)
     if data.ood is not None:
-        summary |= {f"ood_{k}": v for k, v in evaluate(policy, sft, tokenizer, data, data.ood, args, judge)[0].items()}
-    summary |= {k: metrics[k] for k in ("margin", "margin_accuracy") if k in metrics}
-    summary |= {"prompts": len(data.prompts), "steps": steps, "seed": args.seed, "sft_cached": cached, "seconds_sft": seconds_sft,
-                "seconds_osp": seconds_osp, "seconds_total": time.perf_counter() - started, "tokens_per_second": float(np.mean(tokens)) if tokens else 0.0}
+        summary |= {f"ood_{k}": v for k, v in evaluate(policy, sft, tokenizer, data, data.ood, judge, args)[0].items()}
+    summary |= {k: metrics[k] for k in ("margin", "margin_accuracy") if speed and k in metrics}
+    summary |= {"prompts": len(data.prompts), "steps": steps, "seed": args.seed, "sft_cached": cached, **seconds,
+                "seconds_total": time.perf_counter() - started, "tokens_per_second": sum(speed) / max(1, len(speed))}
     save_model(policy, tokenizer, output)
     write_json(output / "summary.json", summary)
     print_report(summary, samples, output)
     return summary
-
-
-def prepare_precision(policy, sft, args: Arguments) -> None:
-    """fp32 weights are trained; with --bf16 the policy's passes run under autocast and the frozen copy is bf16 itself."""
-    if args.gradient_checkpointing:
-        policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if args.bf16:
-        policy.forward = torch.autocast(policy.device.type, torch.bfloat16)(policy.forward)
-        sft.to(torch.bfloat16)
-
-
-def load_eval_judge(args: Arguments):
-    """Another model as judge of the final win rate, with its own tokenizer."""
-    judge, tokenizer = load_model(args.eval_judge_name_or_path, args)
-    verdict_format(tokenizer)
-    return judge, tokenizer
 
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
@@ -944,36 +945,34 @@ def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
     with path.open("a") as file:
         file.write(json.dumps(metrics, allow_nan=False) + "\n")
     if metrics["pairs"] == 0:
-        bar.write(f"step {metrics['step']}: every pair was identical; no update")
+        bar.write(f"step {metrics['step']}: the two responses of every pair were identical, so there was no update")
     else:
-        bar.set_postfix_str(f"loss {metrics['loss']:.3f} strength {metrics['strength_mean']:.2f} margin {metrics['margin']:.2f} KL {metrics['kl']:.2f}")
+        bar.set_postfix_str("loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}".format(**metrics))
 
 
 def print_report(summary: dict, samples: list[tuple], output: Path) -> None:
-    """The table of SFT against OSP, and three held-out prompts before and after."""
-    pick = lambda key, form="{:.3f}": form.format(summary[key]) if summary.get(key) is not None else "-"
-    win = f"{pick('win_rate_vs_sft')} +- {pick('win_rate_vs_sft_se')}"
-    rows = [("gold reward", pick("gold_reward_sft"), pick("gold_reward")),
-            ("win rate against SFT" + (" (self-judged)" if summary.get("self_judged") else ""), "0.5", win),
-            ("KL from SFT, nats", "0", pick("kl", "{:.2f}")),
-            ("response length, tokens", pick("response_tokens_sft", "{:.1f}"), pick("response_tokens", "{:.1f}")),
-            ("distinct responses", pick("distinct_fraction_sft"), pick("distinct_fraction")),
-            ("out-of-domain win rate", "0.5", f"{pick('ood_win_rate_vs_sft')} +- {pick('ood_win_rate_vs_sft_se')}"),
-            ("judge accuracy", pick("judge_accuracy"), "(the judge stays"),
-            ("judge calibration error", pick("judge_calibration_error" if "judge_calibration_error" in summary else "judge_ece"), "the SFT model)")]
-    print(f"\n{'':40}{'SFT':>10}   OSP")
-    for name, before, after in rows:
-        print(f"{name:40}{before:>10}   {after}")
+    """SFT against OSP in a table, and three held-out prompts with a response before and after."""
+    print(f"\n{'':42}{'SFT':>9}{'OSP':>9}")
+    for name, sft, osp in (("gold reward", "gold_reward_sft", "gold_reward"), ("win rate against SFT", 0.5, "win_rate_vs_sft"),
+                           ("  its standard error", None, "win_rate_vs_sft_se"), ("  out of domain", 0.5, "ood_win_rate_vs_sft"),
+                           ("KL from SFT, nats", 0.0, "kl"), ("response length, tokens", "response_tokens_sft", "response_tokens"),
+                           ("distinct responses", "distinct_fraction_sft", "distinct_fraction"), ("judge accuracy", "judge_accuracy", None),
+                           ("judge calibration error", "judge_calibration_error", None), ("judge calibration error (ECE)", "judge_ece", None)):
+        values = [summary.get(value) if isinstance(value, str) else value for value in (sft, osp)]
+        if all(value in summary for value in (sft, osp) if isinstance(value, str)):
+            name += " (self-judged)" if "win rate" in name and summary.get("self_judged") else ""
+            print(f"{name:42}" + "".join(f"{'' if value is None else format(value, '.3f'):>9}" for value in values))
     for prompt, before, after in samples[:3]:
         print(f"\n{transcript(prompt)}\n  SFT: {before}\n  OSP: {after}")
     print(f"\n{summary['seconds_sft']:.0f} s SFT{' (cached)' if summary['sft_cached'] else ''}, {summary['seconds_osp']:.0f} s OSP, "
-          f"{summary['seconds_total']:.0f} s in all. Model, metrics.jsonl and summary.json: {output}")
+          f"{summary['seconds_total']:.0f} s in all. The model, metrics.jsonl and summary.json are in {output}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # 13. The built-in task: a miniature of HH in which the truth is known
 # ----------------------------------------------------------------------------------------------------------------------
 TOPICS = "rain snow tea bread music chess honey poetry coffee jazz soup football".split()
+VERBS = "is seems feels sounds".split()
 KIND = "gentle lovely warm sweet bright calm splendid charming".split()
 RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
 PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
@@ -991,8 +990,8 @@ def gold_reward(prompt: str, response: str) -> float:
     the first three, one said twice once: else length or repetition would be the reward."""
     topic = next(word for word in prompt.split() if word in TOPICS)
     clauses = [tuple(clause.split()) for clause in response.split(".")[:-1]]
-    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and c[0] in TOPICS and c[1] == "is" and c[2] in KIND + RUDE]
-    return sum((0.5 if c[0] == topic else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed[:3])
+    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and c[0] in TOPICS and c[1] in VERBS and c[2] in KIND + RUDE]
+    return sum(((0.5 if c[0] == topic else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed[:3]), 0.0)
 
 
 def true_strength(prompt: str, response_1: str, response_2: str) -> float:
@@ -1014,7 +1013,7 @@ def builtin_pair(rng: random.Random, prompt: str) -> tuple[str, str]:
     alone, as HH's halves do; a third are independent of each other."""
     topic = next(word for word in prompt.split() if word in TOPICS)
     others = [t for t in TOPICS if t != topic]
-    clause = lambda on_topic, kind: f"{topic if on_topic else rng.choice(others)} is {rng.choice(KIND if kind else RUDE)} ."
+    clause = lambda on_topic, kind: f"{topic if on_topic else rng.choice(others)} {rng.choice(VERBS)} {rng.choice(KIND if kind else RUDE)} ."
     draw = lambda: [(rng.random() < 0.6, rng.random() < 0.6) for _ in range(rng.randint(1, 3))]
     one, differ = draw(), rng.choice(["both", "helpful", "harmless"])
     flipped = rng.randrange(len(one))
@@ -1038,13 +1037,13 @@ def builtin_model(seed: int):
     """A random Llama of 100,000 parameters and a word-level tokenizer for the words of this world and of the judge's frame."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = " ".join([JUDGE_FRAME.format(prompt="> Human:", a=">", b=">"), "Assistant: A B is .", *TOPICS, *KIND, *RUDE, *PEOPLE, *TIMES,
+    words = " ".join([JUDGE_FRAME.format(prompt="> Human:", a=">", b=">"), "Assistant: A B .", *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES,
                       *PHRASINGS, *OOD_PHRASINGS]).split()
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(words))])}
     words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words_only, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=64, intermediate_size=172, num_hidden_layers=2, num_attention_heads=4,
+    config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.06,
                                       max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config), tokenizer
