@@ -8,7 +8,7 @@ One language model answers, judges its own answers, and learns from how STRONGLY
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
 
 The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
-reconstruction; the rest is the paper's:
+reconstruction, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
   [R] the judging task shows each pair of the data in both orders, with the loss on the verdict token only (section 4)
   [R] the one baseline that all candidates are compared with is the first of the K candidates (section 6)
   [R] pairs are best with worst, second best with second worst, and so on inwards (section 6)
@@ -30,17 +30,20 @@ import random
 import re
 import shutil
 import sys
+import tempfile
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import datasets
+import jinja2
 import numpy as np
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -100,8 +103,8 @@ class Arguments:
     eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the final win rate")
 
 
-BUILTIN = dict(max_new_tokens=16, micro_batch_size=32, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=600,
-               learning_rate=6e-4, num_train_epochs=9)
+BUILTIN = dict(max_new_tokens=16, micro_batch_size=96, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=800,
+               learning_rate=1e-3, num_train_epochs=9)
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -112,17 +115,23 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     args = parser.parse_args_into_dataclasses(argv)[0]
     if args.dataset_name and not args.model_name_or_path:
         raise Stop("--dataset_name needs --model_name_or_path: the built-in model knows the built-in task's words alone.")
+    if args.eval_judge_name_or_path and not args.dataset_name:
+        raise Stop("--eval_judge_name_or_path has no use on the built-in task, whose true reward is known.")
     if args.num_generations < 2:
         raise Stop(f"--num_generations is {args.num_generations}: a pair needs at least 2 responses to a prompt.")
     for field in dataclasses.fields(args):
         least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0}.get(field.name, 1e-12)
-        if field.type in (int, float) and not least <= getattr(args, field.name) < math.inf:
-            raise Stop(f"--{field.name} is {getattr(args, field.name)}: it must be {'above 0' if least == 1e-12 else f'{least} or more'}.")
-    if args.lr_scheduler_type not in ("linear", "cosine", "constant", "constant_with_warmup"):
-        raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be linear, cosine, constant or constant_with_warmup.")
+        value = getattr(args, field.name)
+        if field.type in (int, float) and not least <= value < 2**32:
+            raise Stop(f"--{field.name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}, below 2**32.")
+    schedules = ("linear", "cosine", "constant", "constant_with_warmup")
+    if args.lr_scheduler_type not in schedules:
+        raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be one of {', '.join(schedules)}.")
     if args.output_dir is None:
-        names = [Path(n).name.split(".")[0] if n else "builtin" for n in (args.model_name_or_path, args.dataset_name)]
-        args.output_dir = str(Path("runs") / f"{'-'.join(dict.fromkeys(names))}-seed{args.seed}")
+        data = re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", Path(args.dataset_name).name) if args.dataset_name else "builtin"
+        names = [Path(args.model_name_or_path or "builtin").name, data, args.dataset_config, args.dataset_data_dir]
+        names = dict.fromkeys(name.replace("/", "-") for name in names if name)
+        args.output_dir = str(Path("runs") / f"{'-'.join(names)}-seed{args.seed}")
     return args
 
 
@@ -136,23 +145,27 @@ def load_model(name: str | None, args: Arguments):
     trust = dict(trust_remote_code=args.trust_remote_code)
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-        config = transformers.AutoConfig.from_pretrained(name, **trust)
-        for key, value in config.to_dict().items():
-            if "drop" in key and isinstance(value, float):  # pi_theta and pi_SFT must be one function at step 0
-                setattr(config, key, 0.0)
-        model = transformers.AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=torch.float32, use_safetensors=True, **trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **trust)
     except Exception as error:  # the libraries raise a dozen kinds; each is the user's to mend
         raise Stop(f"Cannot load {name!r} as a causal language model ({first_line(error)}): give a Hub name, which needs "
                    "the network, or a local folder with config, tokenizer and safetensors.") from error
-    with torch.no_grad():
-        see = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
-    if config.is_encoder_decoder or not torch.allclose(see[0], see[1], atol=1e-4):
-        raise Stop(f"{name!r} is not a causal language model: its first position sees the second token.")
+    for module in model.modules():  # dropout 0: pi_theta and pi_SFT must be one function at step 0
+        for key, value in list(vars(module).items()):
+            if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout) and key == "p"):
+                setattr(module, key, 0.0)
     if tokenizer.eos_token_id is None:
         raise Stop(f"The tokenizer of {name!r} has no EOS token, so no response could ever end: set its eos_token.")
     if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
         raise Stop(f"The tokenizer of {name!r} has {len(tokenizer)} tokens, but the model embeds only {rows}.")
+    try:
+        with torch.no_grad():
+            see = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
+        sample(model, [[1], [1, 2]], torch.zeros(2, 2, 3), 1.0, [], 0)
+    except Exception as error:
+        raise Stop(f"{name!r} does not work as a causal language model whose cache is shared by the responses to a prompt "
+                   f"({first_line(error)}): take another architecture.") from error
+    if model.config.is_encoder_decoder or not torch.allclose(see[0], see[1], atol=1e-4):
+        raise Stop(f"{name!r} is not a causal language model: its first position sees the second token.")
     return model, tokenizer
 
 
@@ -182,14 +195,16 @@ def load_preferences(name_or_path: str | None, split: str = "train", config: str
     cannot be read, columns that fit no format, and when no row remains."""
     splits = read_dataset(name_or_path, config, data_dir)
     if split not in splits:
-        raise Stop(f"{name_or_path or 'The built-in task'} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+        name = name_or_path or "The built-in task"
+        raise Stop(f"{name} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+    datasets.disable_caching()  # no files beside the user's own
     rows, dropped = splits[split], collections.Counter()
     parse, features = row_format(rows, name_or_path)
-    parsed = rows.map(functools.partial(parse_batch, parse, dropped, list(features)), batched=True, features=features,
-                      remove_columns=rows.column_names, load_from_cache_file=False)
+    parsed = rows.map(functools.partial(parse_batch, parse, dropped, features), batched=True, features=features,
+                      remove_columns=rows.column_names)
     parsed.info.description = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
     if len(parsed) == 0:
-        raise Stop(f"No usable row among the {len(rows)} of {name_or_path!r}, split {split!r}: {parsed.info.description}.")
+        raise Stop(f"No usable row in split {split!r} of {name_or_path!r} ({len(rows)} rows; {parsed.info.description}).")
     return parsed
 
 
@@ -203,26 +218,27 @@ class Data(NamedTuple):
     gold: Callable[[str, str], float] | None  # a response's true reward; only the built-in task has one
 
 
-def load_data(tokenizer, model, args: Arguments) -> Data:
-    """The rows and prompts of this run, all of which fit the model's context."""
-    load = functools.partial(load_preferences, args.dataset_name, config=args.dataset_config, data_dir=args.dataset_data_dir)
-    fits = functools.partial(fitting_rows, tokenizer, context_length(model), args.max_new_tokens)
-    train, measured = load(args.dataset_train_split), max(args.num_eval_prompts, args.num_eval_pairs)
+def load_data(tokenizer, model, judge, args: Arguments) -> Data:
+    """The rows and prompts of this run. All fit the model's context, and held-out ones that of `judge`, if there is one."""
+    name, config, folder = args.dataset_name, args.dataset_config, args.dataset_data_dir
+    train, measured = load_preferences(name, args.dataset_train_split, config, folder), max(args.num_eval_prompts, args.num_eval_pairs)
     print(f"{len(train)} rows to train on" + (f" ({train.info.description})" if train.info.description else ""))
-    splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
-    test_split = args.dataset_test_split or ("test" if "test" in splits and args.dataset_train_split != "test" else None)
+    has_test = "test" in read_dataset(name, config, folder) and args.dataset_train_split != "test"
+    test_split = args.dataset_test_split or ("test" if has_test else None)
     if test_split:
-        test = load(test_split)
+        test = load_preferences(name, test_split, config, folder)
     else:
         order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
         cut = min(measured, len(train) // 10 + 1)
         test, train = train.select(order[:cut]), train.select(order[cut:])
-    held_out = fits(test, measured, "held-out")
-    ood = fits(load("ood"), measured, "out-of-domain") if args.dataset_name is None else None
-    wanted = max(4 * args.num_train_prompts, args.sft_max_steps * args.sft_batch_size * ("chosen" in train.column_names))
-    train = fits(train, wanted, "training", {prompt_key(p) for p in test["prompt"]})
+    held_out = fitting_rows(tokenizer, model, args, test, measured, "held-out")
+    if judge:
+        held_out = fitting_rows(judge[1], judge[0], args, held_out, measured, "held-out")
+    ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain") if name is None else None
+    wanted = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
+    train = fitting_rows(tokenizer, model, args, train, max(wanted, 4 * args.num_train_prompts), "training", map(prompt_key, test["prompt"]))
     prompts = list({prompt_key(p): p for p in train["prompt"]}.values())[: args.num_train_prompts]
-    return Data(train, prompts, held_out, ood, gold_reward if args.dataset_name is None else None)
+    return Data(train, prompts, held_out, ood, gold_reward if name is None else None)
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -230,29 +246,40 @@ def prompt_key(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else transcript(prompt)
 
 
-def fitting_rows(tokenizer, limit: int, max_new_tokens: int, rows: datasets.Dataset, wanted: int, name: str,
-                 excluded: set[str] = frozenset()) -> datasets.Dataset:
-    """The first `wanted` rows that are not `excluded` and whose prompt fits `limit` tokens together with the judge's
-    frame and two full responses. Reads no further than that; says what it passed over. Raises Stop if none is left."""
-    kept, passed_over = [], collections.Counter()
+def fitting_rows(tokenizer, model, args: Arguments, rows: datasets.Dataset, wanted: int, name: str,
+                 excluded: Iterable[str] = ()) -> datasets.Dataset:
+    """The first `wanted` rows whose prompt is not `excluded`, suits the chat template, and fits the context together with
+    the judge's frame and two full responses. Reads no further; says what it passed over. Raises Stop if none is left."""
+    kept, passed_over, excluded, limit = [], collections.Counter(), set(excluded), context_length(model)
     for indices in chunks(range(len(rows)), 1000):
         prompts = rows[list(indices)]["prompt"]
-        nothing = [""] * len(prompts)
-        for i, prompt, ids in zip(indices, prompts, encode_questions(tokenizer, prompts, nothing, nothing)):
+        questions = encode_questions(tokenizer, prompts, [""] * len(prompts), [""] * len(prompts))
+        for i, prompt, question in zip(indices, prompts, questions):
             if prompt_key(prompt) in excluded:
-                passed_over["also held out"] += 1
-            elif len(ids) + 2 * max_new_tokens > limit:
-                passed_over["too long for the context"] += 1
+                passed_over["its prompt is held out"] += 1
+            elif len(question) + 2 * args.max_new_tokens > limit:
+                passed_over[f"two responses of {args.max_new_tokens} tokens and it exceed the context of {limit}"] += 1
+            elif not suits_template(tokenizer, prompt):
+                passed_over["the chat template refuses it"] += 1
             else:
                 kept.append(i)
         if len(kept) >= wanted:
             break
-    if passed_over:
-        print(f"{len(kept)} {name} rows fit, " + ", ".join(f"{n} dropped: {reason}" for reason, n in passed_over.items()))
+    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in passed_over.items())
     if not kept:
-        raise Stop(f"No {name} row is left: {limit} tokens of context must hold the prompt, the judge's frame and two "
-                   f"responses of --max_new_tokens {max_new_tokens}.")
+        raise Stop(f"No {name} row is left of {len(rows)} ({reasons or 'there were none'}).")
+    if reasons:
+        print(f"{name} rows: {reasons}")
     return rows.select(kept[:wanted])
+
+
+def suits_template(tokenizer, prompt: Prompt) -> bool:
+    """Whether the chat template takes these messages: some refuse a system message, or two turns of one role."""
+    try:
+        framed(tokenizer, prompt)
+        return True
+    except jinja2.TemplateError:
+        return False
 
 
 def first_line(error: Exception) -> str:
@@ -273,7 +300,8 @@ def as_messages(prompt: Prompt) -> list[dict]:
     if not HH_TURN.match(prompt):
         return [{"role": "user", "content": prompt.strip()}]
     parts = HH_TURN.split(prompt)[1:]
-    turns = [{"role": "user" if who == "Human" else "assistant", "content": text.strip()} for who, text in zip(parts[::2], parts[1::2])]
+    roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
+    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
     return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
 
 
@@ -286,8 +314,9 @@ def transcript(prompt: Prompt) -> str:
 @functools.lru_cache(maxsize=4)
 def special_tokens(tokenizer) -> re.Pattern:
     """Matches the text of any special token."""
-    texts = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special} | set(tokenizer.all_special_tokens)
-    return re.compile("|".join(re.escape(t) for t in sorted(texts, key=len, reverse=True) if len(t) > 1) or r"(?!)")
+    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
+    texts = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
+    return re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
 
 
 def plain(tokenizer, text: str) -> str:
@@ -305,7 +334,8 @@ def framed(tokenizer, prompt: Prompt) -> str:
 
 def encode(tokenizer, texts: list[str]) -> list[Ids]:
     """Framed texts -> ids. BOS comes from the chat template, or goes in front where the tokenizer itself puts it."""
-    bos = [] if tokenizer.chat_template or tokenizer("a").input_ids[0] != tokenizer.bos_token_id else [tokenizer.bos_token_id]
+    puts_bos = not tokenizer.chat_template and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
+    bos = [tokenizer.bos_token_id] if puts_bos else []
     return [bos + ids for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
 
 
@@ -320,7 +350,8 @@ def encode_responses(tokenizer, prompts: list[Prompt], responses: list[str], max
     tails = [tail if head[-1].isspace() else " " + tail for head, tail in zip(heads, tails)]
     rows = zip(encode(tokenizer, heads), encode(tokenizer, [h + t for h, t in zip(heads, tails)]), tails)
     # enc(a + b) != enc(a) + enc(b): b is read off the whole, unless its first characters were merged with a's last
-    ids = [both[len(head):] if both[: len(head)] == head else tokenizer(tail, add_special_tokens=False).input_ids for head, both, tail in rows]
+    ids = [both[len(head):] if both[: len(head)] == head else tokenizer(tail, add_special_tokens=False).input_ids
+           for head, both, tail in rows]
     return [(row + [tokenizer.eos_token_id])[:max_new_tokens] for row in ids]
 
 
@@ -569,9 +600,24 @@ def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> 
 
 
 def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int) -> torch.Tensor:
-    """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end."""
+    """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end.
+
+    Logits are made at the response's positions only. A prompt that several rows share is computed once: its keys and
+    values serve all of them and carry their gradients back (a third less time at K = 8). Not so with gradient
+    checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
-    logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
+    prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
+    if len(prompts) == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
+        logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
+    else:
+        rows = torch.tensor([prompts.index(tuple(ids)) for ids in prompt_ids], device=model.device)
+        cache = transformers.DynamicCache(config=model.config)
+        shared = padded(list(map(list, prompts)), [[]] * len(prompts), pad, model.device)
+        first = model(**shared, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[rows]
+        cache.batch_select_indices(rows)
+        rest = model(input_ids=inputs["input_ids"][:, -T:-1], attention_mask=inputs["attention_mask"][:, :-1],
+                     position_ids=inputs["position_ids"][:, -T:-1], past_key_values=cache, use_cache=True).logits
+        logits = torch.cat([first, rest], 1)
     logps = logits.float().log_softmax(-1).gather(-1, inputs["input_ids"][:, -T:, None])[:, :, 0]
     return logps.where(inputs["attention_mask"][:, -T:].bool(), 0.0)
 
@@ -702,8 +748,9 @@ def judge_figures(judge, tokenizer, pairs: dict, gold: bool, micro_batch_size: i
 
 
 def order_agreement(p_12: torch.Tensor, p_21: torch.Tensor) -> float:
-    """Share of pairs of which both orders name the same winner."""
-    return ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item()
+    """Share of pairs of which both orders name the same winner; equal texts, which are one and the same question, left out."""
+    p_12, p_21 = p_12[p_12 != p_21], p_21[p_12 != p_21]
+    return ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item() if len(p_12) else 1.0
 
 
 def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
@@ -719,8 +766,7 @@ def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bi
 @contextmanager
 def written_whole(path: Path) -> Iterator[Path]:
     """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half."""
-    scratch = path.with_name(f".{path.name}.partial")
-    shutil.rmtree(scratch, ignore_errors=True)
+    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     yield scratch
     shutil.rmtree(path, ignore_errors=True)  # a folder cannot be moved onto another one; a file can
@@ -745,15 +791,15 @@ def load_weights(folder: Path, model):
     return loaded.to(model.device)
 
 
-SFT_ARGUMENTS = ("sft_learning_rate", "sft_batch_size", "sft_max_steps", "seed", "bf16", "micro_batch_size", "max_new_tokens",
-                 "lr_scheduler_type", "warmup_steps", "max_grad_norm", "gradient_checkpointing")
-
-
-def sft_fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
-    """A hash of everything that makes the SFT model: this file, versions, arguments, start weights, tokenizer, rows."""
-    used = [torch.__version__, transformers.__version__, {name: getattr(args, name) for name in SFT_ARGUMENTS},
-            tokenizer.backend_tokenizer.to_str(), tokenizer.chat_template]
-    digest = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(used).encode())
+def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
+    """A hash of everything that makes the SFT model: start weights and configuration, tokenizer, rows, arguments."""
+    names = ("sft", "sft_learning_rate", "sft_batch_size", "sft_max_steps", "seed", "bf16", "micro_batch_size", "max_new_tokens",
+             "lr_scheduler_type", "warmup_steps", "max_grad_norm", "gradient_checkpointing")
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    words = backend.to_str() if backend else tokenizer.get_vocab()
+    used = [{name: getattr(args, name) for name in names}, words, tokenizer.chat_template, tokenizer.special_tokens_map,
+            model.config.to_json_string(), model.generation_config.to_json_string()]
+    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
     for rows in train.iter(10_000):
@@ -761,75 +807,98 @@ def sft_fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) 
     return digest.hexdigest()[:20]
 
 
-def cached_sft(model, tokenizer, train: datasets.Dataset, args: Arguments):
-    """The SFT model, and whether it was found in the cache; it is made and put there if not."""
-    folder = Path(args.sft_cache_dir) / sft_fingerprint(model, tokenizer, train, args)
-    if folder.is_dir():
-        return load_weights(folder, model), True
+def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, args: Arguments):
+    """The SFT model, and whether it was found in the cache; it is made and put there if not. The key is the fingerprint
+    `inputs`, the text of this file, and the libraries' versions."""
+    code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
+    folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
+    if (folder / "config.json").is_file():
+        with suppress(OSError, SafetensorError):  # a damaged one is made anew
+            return load_weights(folder, model), True
     supervised_finetune(model, tokenizer, train, args)
     with written_whole(folder) as scratch:
         save_model(model, tokenizer, scratch)
     return model, False
 
 
-def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, args: Arguments) -> None:
+def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, inputs: str, args: Arguments) -> None:
     """checkpoint-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step)."""
     with written_whole(folder / f"checkpoint-{step}") as scratch:
         save_model(policy, tokenizer, scratch)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(), "rng": torch.get_rng_state()}
+        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+                 "rng": torch.get_rng_state(), "inputs": inputs}
         torch.save(state, scratch / "training_state.pt")
         write_json(scratch / "arguments.json", vars(args))
 
 
-def load_checkpoint(folder: Path, optimizer, scheduler) -> int:
-    """Optimiser, schedule and random state as they were (load_weights does the weights); returns the steps done."""
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+def load_checkpoint(folder: Path, model, optimizer, scheduler, inputs: str) -> int:
+    """Weights, optimiser, schedule and random state as they were; returns the steps done. Raises Stop."""
+    try:
+        model.load_state_dict(load_weights(folder, model).state_dict())
+        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise Stop(f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it and resume from an older one.") from error
+    if state["inputs"] != inputs:
+        raise Stop(f"{str(folder)!r} was written with other data or another start model: start a new --output_dir.")
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
     return state["step"]
 
 
-FREE_ON_RESUME = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir", "num_eval_prompts",
-                  "num_eval_pairs", "eval_judge_name_or_path")
+def checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints that this program wrote into a folder, oldest first."""
+    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "training_state.pt").is_file()]
+    return sorted(found, key=lambda path: int(path.name[11:]))
 
 
 def find_checkpoint(args: Arguments) -> Path | None:
     """The folder that --resume_from_checkpoint means, written with the same arguments; None to start fresh."""
     if args.resume_from_checkpoint is None:
         return None
-    folder = Path(args.resume_from_checkpoint)
-    if args.resume_from_checkpoint == "latest":
-        found = sorted(Path(args.output_dir).glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-        if not found:
-            print(f"No checkpoint in {args.output_dir}: starting fresh.")
-            return None
-        folder = found[-1]
-    if not (folder / "training_state.pt").is_file():
-        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is no checkpoint, for it has no training_state.pt: give a "
-                   "checkpoint-<step> folder, or latest.")
-    then = json.loads((folder / "arguments.json").read_text())
-    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in FREE_ON_RESUME and then.get(k) != v]
+    found = checkpoints(Path(args.output_dir))
+    if args.resume_from_checkpoint == "latest" and not found:
+        print(f"No checkpoint in {args.output_dir}: starting fresh.")
+        return None
+    folder = found[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
+    if folder.resolve() not in [path.resolve() for path in found]:
+        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is not a checkpoint of --output_dir {args.output_dir!r}: give one of "
+                   f"its checkpoint-<step> folders ({', '.join(path.name for path in found) or 'it has none'}), or latest.")
+    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir")
+    try:
+        then = json.loads((folder / "arguments.json").read_text())
+    except (OSError, ValueError) as error:
+        raise Stop(f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it and resume from an older one.") from error
+    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
     if changed:
-        raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another --output_dir.")
+        raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another "
+                   "--output_dir.")
     return folder
 
 
-def prepare_output(args: Arguments, checkpoint: Path | None) -> Path:
-    """The run's folder, emptied of an older run only where the user said so, and only of what this program writes."""
-    folder = Path(args.output_dir)
-    if folder.exists() and not folder.is_dir():
-        raise Stop(f"--output_dir {str(folder)!r} is a file: give a folder.")
-    if folder.is_dir() and any(folder.iterdir()) and not (args.overwrite_output_dir or args.resume_from_checkpoint):
-        raise Stop(f"{str(folder)!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, or "
-                   "--resume_from_checkpoint latest to go on with it.")
-    folder.mkdir(parents=True, exist_ok=True)
-    if checkpoint is None:
-        for old in folder.glob("checkpoint-*"):
-            shutil.rmtree(old)
-        for name in ("metrics.jsonl", "summary.json"):
-            (folder / name).unlink(missing_ok=True)
-    return folder
+def check_output(args: Arguments, checkpoint: Path | None) -> Path:
+    """The run's folder, made if need be. Raises Stop where it would overwrite a run unasked, or cannot be written."""
+    output = Path(args.output_dir)
+    try:
+        for folder in (output, Path(args.sft_cache_dir)):
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=folder):
+                pass
+    except OSError as error:
+        raise Stop(f"Cannot write into {str(folder)!r} ({error.strerror}): give another folder.") from error
+    resumes = checkpoint or args.resume_from_checkpoint and not (output / "summary.json").exists()
+    if any(output.iterdir()) and not (args.overwrite_output_dir or resumes):
+        raise Stop(f"{args.output_dir!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, "
+                   "or --resume_from_checkpoint latest to go on with it.")
+    return output
+
+
+def clear_output(output: Path) -> None:
+    """Removes the older run, and nothing that this program did not write."""
+    for old in checkpoints(output):
+        shutil.rmtree(old)
+    for name in ("metrics.jsonl", "summary.json"):
+        (output / name).unlink(missing_ok=True)
 
 
 def keep_metrics(path: Path, steps: int) -> None:
@@ -895,49 +964,62 @@ def main(argv: list[str] | None = None) -> dict:
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
     args = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
-    output = prepare_output(args, checkpoint)
+    output = check_output(args, checkpoint)
 
     sft, tokenizer = load_model(args.model_name_or_path, args)
-    verdict_format(tokenizer)
-    judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else (sft, tokenizer)
-    data = load_data(tokenizer, sft, args)
-    sft.to("cuda" if torch.cuda.is_available() else "cpu")
+    other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
+    for asked in (tokenizer, *([other_judge[1]] if other_judge else [])):
+        verdict_format(asked)
+    data = load_data(tokenizer, sft, other_judge, args)
+    if checkpoint is None:
+        clear_output(output)
     write_json(output / "arguments.json", vars(args))
+    for model in (sft, *([other_judge[0]] if other_judge else [])):
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
 
-    seconds, cached = {}, False
+    seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
+    if args.gradient_checkpointing:
+        sft.activation_checkpointing_enable()
     with timed(seconds, "sft"):
         if args.sft and "chosen" in data.train.column_names:
-            sft, cached = cached_sft(sft, tokenizer, data.train, args)
-    policy = load_weights(checkpoint, sft) if checkpoint else copy.deepcopy(sft)  # pi_theta starts as pi_SFT
-    sft.requires_grad_(False).to(torch.bfloat16 if args.bf16 else torch.float32)  # pi_SFT: judge and reference in one
+            sft, cached = cached_sft(sft, tokenizer, data.train, inputs, args)
+    policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
+    freeze(sft, args)  # pi_SFT: the judge and the reference, in one copy
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
     steps = steps if args.max_steps < 0 else min(steps, args.max_steps)
     optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
-    done = load_checkpoint(checkpoint, optimizer, scheduler) if checkpoint else 0
+    done = load_checkpoint(checkpoint, policy, optimizer, scheduler, inputs) if checkpoint else 0
     keep_metrics(output / "metrics.jsonl", done)
 
-    speed = []
     with timed(seconds, "osp"):
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
             metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             log_step(output / "metrics.jsonl", metrics, bar)
-            speed.append(metrics["tokens_per_second"])
             if (step + 1) % args.save_steps == 0 and step + 1 < steps:
-                save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, args)
+                save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, inputs, args)
+    save_model(policy, tokenizer, output)
 
-    judge = judge if args.eval_judge_name_or_path else (sft, tokenizer)
+    judge = other_judge or (sft, tokenizer)
     summary, samples = evaluate(policy, sft, tokenizer, data, data.held_out, judge, args)
     if data.ood is not None:
         summary |= {f"ood_{k}": v for k, v in evaluate(policy, sft, tokenizer, data, data.ood, judge, args)[0].items()}
-    summary |= {k: metrics[k] for k in ("margin", "margin_accuracy") if speed and k in metrics}
-    summary |= {"prompts": len(data.prompts), "steps": steps, "seed": args.seed, "sft_cached": cached, **seconds,
-                "seconds_total": time.perf_counter() - started, "tokens_per_second": sum(speed) / max(1, len(speed))}
-    save_model(policy, tokenizer, output)
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    updates = [line for line in lines if line["pairs"]]
+    summary |= {k: updates[-1][k] for k in ("margin", "margin_accuracy") if updates}
+    summary |= {"prompts": len(data.prompts), "steps": len(updates), "seed": args.seed, "sft_cached": cached, **seconds,
+                "seconds_total": time.perf_counter() - started,
+                "tokens_per_second": sum(line["tokens_per_second"] for line in lines) / max(1, len(lines))}
     write_json(output / "summary.json", summary)
     print_report(summary, samples, output)
     return summary
+
+
+def freeze(model, args: Arguments) -> None:
+    """No gradients; with --bf16 the weights become bf16, but not the buffers: rotary frequencies need their precision."""
+    for parameter in model.requires_grad_(False).eval().parameters():
+        parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float32)
 
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
@@ -950,22 +1032,26 @@ def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
         bar.set_postfix_str("loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}".format(**metrics))
 
 
+REPORT = [  # name, of SFT, of OSP: a key of the summary, a number, or nothing
+    ("gold reward", "gold_reward_sft", "gold_reward"), ("win rate against SFT", 0.5, "win_rate_vs_sft"),
+    ("  its standard error", None, "win_rate_vs_sft_se"), ("  out of domain", 0.5, "ood_win_rate_vs_sft"),
+    ("KL from SFT, nats", 0.0, "kl"), ("response length, tokens", "response_tokens_sft", "response_tokens"),
+    ("distinct responses", "distinct_fraction_sft", "distinct_fraction"), ("judge accuracy", "judge_accuracy", None),
+    ("judge calibration error", "judge_calibration_error", None), ("judge calibration error (ECE)", "judge_ece", None)]
+
+
 def print_report(summary: dict, samples: list[tuple], output: Path) -> None:
     """SFT against OSP in a table, and three held-out prompts with a response before and after."""
-    print(f"\n{'':42}{'SFT':>9}{'OSP':>9}")
-    for name, sft, osp in (("gold reward", "gold_reward_sft", "gold_reward"), ("win rate against SFT", 0.5, "win_rate_vs_sft"),
-                           ("  its standard error", None, "win_rate_vs_sft_se"), ("  out of domain", 0.5, "ood_win_rate_vs_sft"),
-                           ("KL from SFT, nats", 0.0, "kl"), ("response length, tokens", "response_tokens_sft", "response_tokens"),
-                           ("distinct responses", "distinct_fraction_sft", "distinct_fraction"), ("judge accuracy", "judge_accuracy", None),
-                           ("judge calibration error", "judge_calibration_error", None), ("judge calibration error (ECE)", "judge_ece", None)):
-        values = [summary.get(value) if isinstance(value, str) else value for value in (sft, osp)]
-        if all(value in summary for value in (sft, osp) if isinstance(value, str)):
-            name += " (self-judged)" if "win rate" in name and summary.get("self_judged") else ""
+    print(f"\n{'':42}{'SFT':>9}{'OSP':>9}" + ("    (win rates are self-judged)" if summary.get("self_judged") else ""))
+    for name, *keys in REPORT:
+        if all(key in summary for key in keys if isinstance(key, str)):
+            values = [summary[key] if isinstance(key, str) else key for key in keys]
             print(f"{name:42}" + "".join(f"{'' if value is None else format(value, '.3f'):>9}" for value in values))
     for prompt, before, after in samples[:3]:
         print(f"\n{transcript(prompt)}\n  SFT: {before}\n  OSP: {after}")
-    print(f"\n{summary['seconds_sft']:.0f} s SFT{' (cached)' if summary['sft_cached'] else ''}, {summary['seconds_osp']:.0f} s OSP, "
-          f"{summary['seconds_total']:.0f} s in all. The model, metrics.jsonl and summary.json are in {output}")
+    sft = f"{summary['seconds_sft']:.0f} s SFT" + " (cached)" * summary["sft_cached"]
+    print(f"\n{sft}, {summary['seconds_osp']:.0f} s OSP, {summary['seconds_total']:.0f} s in all. The model, metrics.jsonl and "
+          f"summary.json are in {output}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -977,20 +1063,24 @@ KIND = "gentle lovely warm sweet bright calm splendid charming".split()
 RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
 PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
 TIMES = "tonight today tomorrow now soon later".split()
-PHRASINGS = ["tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}", "what is {topic} like {time} asks my {person}",
-             "describe {topic} to my {person} {time}", "please tell me about {topic} {time} says my {person}", "my {person} likes {topic} {time}",
-             "say something about {topic} to my {person} {time}", "{time} write to my {person} about {topic}"]
-OOD_PHRASINGS = ["about {topic} please tell my {person} something {time}", "{time} describe to my {person} what {topic} is like"]
+PHRASINGS = [
+    "tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}", "my {person} likes {topic} {time}",
+    "describe {topic} to my {person} {time}", "please tell me about {topic} {time} says my {person}",
+    "what is {topic} like {time} asks my {person}", "{time} write to my {person} about {topic}",
+    "say something about {topic} to my {person} {time}"]
+OOD_PHRASINGS = [
+    "about {topic} please tell my {person} something {time}", "{time} describe to my {person} what {topic} is like"]
 
 
 def gold_reward(prompt: str, response: str) -> float:
     """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful) and 1/4 for its tone (harmless).
 
-    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed clauses count,
-    the first three, one said twice once: else length or repetition would be the reward."""
+    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed clauses
+    count, the first three, and one said twice counts once: else length or repetition would be the reward."""
     topic = next(word for word in prompt.split() if word in TOPICS)
     clauses = [tuple(clause.split()) for clause in response.split(".")[:-1]]
-    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and c[0] in TOPICS and c[1] in VERBS and c[2] in KIND + RUDE]
+    words = TOPICS, VERBS, KIND + RUDE
+    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and all(word in known for word, known in zip(c, words))]
     return sum(((0.5 if c[0] == topic else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed[:3]), 0.0)
 
 
@@ -1000,25 +1090,34 @@ def true_strength(prompt: str, response_1: str, response_2: str) -> float:
 
 
 def builtin_prompts(split: str) -> list[str]:
-    """All prompts of a split in HH's format. Out-of-domain ones have phrasings, and pairs of topic and person, of their own."""
-    combinations = [(t, p) for i, t in enumerate(TOPICS) for j, p in enumerate(PEOPLE) if ((i + j) % 4 == 0) == (split == "ood")]
-    texts = [f"\n\nHuman: {phrasing.format(topic=t, person=p, time=time)}\n\nAssistant:" for t, p in combinations for time in TIMES
-             for phrasing in (OOD_PHRASINGS if split == "ood" else PHRASINGS)]
+    """A split's prompts in HH's format. The out-of-domain ones have their own phrasings and pairs of topic and person."""
+    new = split == "ood"
+    combinations = [(t, p) for i, t in enumerate(TOPICS) for j, p in enumerate(PEOPLE) if ((i + j) % 4 == 0) == new]
+    texts = [f"\n\nHuman: {phrasing.format(topic=t, person=p, time=time)}\n\nAssistant:"
+             for t, p in combinations for time in TIMES for phrasing in (OOD_PHRASINGS if new else PHRASINGS)]
     random.Random(0).shuffle(texts)
     return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
 
 
 def builtin_pair(rng: random.Random, prompt: str) -> tuple[str, str]:
-    """(chosen, rejected), labelled by Bernoulli(true_strength). A third differ in helpfulness alone, a third in harmlessness
-    alone, as HH's halves do; a third are independent of each other."""
+    """(chosen, rejected), labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in
+    harmlessness alone, as HH's two halves do; the others are independent. One clause in ten repeats the one before it:
+    without that no judge could learn that repetition earns nothing."""
     topic = next(word for word in prompt.split() if word in TOPICS)
-    others = [t for t in TOPICS if t != topic]
-    clause = lambda on_topic, kind: f"{topic if on_topic else rng.choice(others)} {rng.choice(VERBS)} {rng.choice(KIND if kind else RUDE)} ."
-    draw = lambda: [(rng.random() < 0.6, rng.random() < 0.6) for _ in range(rng.randint(1, 3))]
-    one, differ = draw(), rng.choice(["both", "helpful", "harmless"])
-    flipped = rng.randrange(len(one))
-    two = draw() if differ == "both" else [(h ^ (i == flipped and differ == "helpful"), k ^ (i == flipped and differ == "harmless")) for i, (h, k) in enumerate(one)]
-    a, b = (" ".join(clause(*c) for c in clauses) for clauses in (one, two))
+    others = [word for word in TOPICS if word != topic]
+
+    def written(kinds: list[list[bool]]) -> str:
+        clauses = []
+        for helpful, harmless in kinds:
+            words = topic if helpful else rng.choice(others), rng.choice(VERBS), rng.choice(KIND if harmless else RUDE), "."
+            clauses.append(clauses[-1] if clauses and rng.random() < 0.1 else " ".join(words))
+        return " ".join(clauses)
+
+    one, two = ([[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2))
+    if (aspect := rng.choice([0, 1, None])) is not None:  # helpfulness, harmlessness, both
+        two = [list(kinds) for kinds in one]
+        two[rng.randrange(len(two))][aspect] ^= True
+    a, b = written(one), written(two)
     return (a, b) if rng.random() < true_strength(prompt, a, b) else (b, a)
 
 
@@ -1029,22 +1128,27 @@ def builtin_preferences() -> datasets.DatasetDict:
         rng, prompts = random.Random(split), builtin_prompts(split)
         prompts = rng.choices(prompts, k=8000) if split == "train" else prompts
         pairs = [(prompt, *builtin_pair(rng, prompt)) for prompt in prompts]
-        splits[split] = datasets.Dataset.from_list([{"chosen": f"{p} {a}", "rejected": f"{p} {b}"} for p, a, b in pairs])
+        rows = [{"chosen": f"{prompt} {a}", "rejected": f"{prompt} {b}"} for prompt, a, b in pairs]
+        splits[split] = datasets.Dataset.from_list(rows)
     return datasets.DatasetDict(splits)
 
 
 def builtin_model(seed: int):
-    """A random Llama of 100,000 parameters and a word-level tokenizer for the words of this world and of the judge's frame."""
+    """A random Llama of 130,000 parameters, and a word-level tokenizer for this world's words and the judge's."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = " ".join([JUDGE_FRAME.format(prompt="> Human:", a=">", b=">"), "Assistant: A B .", *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES,
-                      *PHRASINGS, *OOD_PHRASINGS]).split()
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *sorted(set(words))])}
-    words_only = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    words_only.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words_only, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
-    config = transformers.LlamaConfig(vocab_size=len(vocabulary), hidden_size=64, intermediate_size=172, num_hidden_layers=3, num_attention_heads=4, initializer_range=0.06,
-                                      max_position_embeddings=256, tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
+    phrases = [phrasing.format(topic="", person="", time="") for phrasing in PHRASINGS + OOD_PHRASINGS]
+    frame = JUDGE_FRAME.format(prompt="> Human: Assistant:", a="> A", b="> B .")
+    words = sorted({*frame.split(), *" ".join(phrases).split(), *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES})
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
+    config = transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
+        initializer_range=0.06, max_position_embeddings=256, tie_word_embeddings=True,
+        pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config), tokenizer
 
@@ -1079,44 +1183,51 @@ def row_format(rows: datasets.Dataset, name: str | None) -> tuple[Callable[[dict
     """The parser for rows with these columns, and the columns that it makes."""
     text, columns = datasets.Value("string"), set(rows.column_names)
     if {"info", "summaries", "choice"} <= columns:
-        parse, shown = parse_tldr, None
+        parse = parse_tldr
     elif {"chosen", "rejected"} <= columns:
-        parse, shown = parse_pair, "chosen"
+        parse = parse_pair
     elif "prompt" in columns:
-        parse, shown = parse_prompt, "prompt"
+        parse = parse_prompt
     else:
         raise Stop(f"The columns {sorted(columns)} of {name!r} fit no known format: give chosen and rejected (and prompt), "
                    "prompt alone, or TL;DR's info, summaries and choice.")
-    is_text = shown is None or isinstance(rows.features[shown], datasets.Value)
+    shown = [column for column in ("prompt", "chosen") if column in columns and parse is not parse_tldr]
+    is_text = all(isinstance(rows.features[column], datasets.Value) for column in shown)
     features = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
     return parse, datasets.Features(features if parse is parse_prompt else features | {"chosen": text, "rejected": text})
 
 
-def parse_batch(parse: Callable[[dict], Parsed], dropped: collections.Counter, keys: list[str], batch: dict) -> dict:
-    """A batch of raw rows -> the usable ones under `keys`; the others are counted by reason in `dropped`."""
-    out = {key: [] for key in keys}
+def parse_batch(parse: Callable[[dict], Parsed], dropped: collections.Counter, features: dict, batch: dict) -> dict:
+    """A batch of raw rows -> the usable ones under the keys of `features`; the others are counted by reason in `dropped`."""
+    out, is_text = {key: [] for key in features}, isinstance(features["prompt"], datasets.Value)
     for row in (dict(zip(batch, values)) for values in zip(*batch.values())):
-        parsed = checked(parse(row))
+        try:
+            parsed = checked(parse(row), is_text)
+        except (KeyError, TypeError, AttributeError, IndexError):
+            parsed = "not in the format of the data's columns"
         if isinstance(parsed, str):
             dropped[parsed] += 1
         else:
-            for key, value in zip(keys, parsed):
+            for key, value in zip(features, parsed):
                 out[key].append(value)
     return out
 
 
-def checked(parsed: Parsed) -> Parsed:
-    """A parsed row, its responses stripped; or the reason why it must not be trained on."""
+def checked(parsed: Parsed, is_text: bool) -> Parsed:
+    """A parsed row, its responses stripped, its prompt text or messages as asked; or why it must not be trained on."""
     if isinstance(parsed, str):
         return parsed
     prompt, *responses = parsed
-    if isinstance(prompt, list):
-        if not prompt or prompt[-1]["role"] != "user" or not all(isinstance(m["content"], str) for m in prompt):
-            return "the prompt does not end with a user's message"
-    elif not isinstance(prompt, str) or not prompt.strip():
+    if not prompt or isinstance(prompt, str) and not prompt.strip():
         return "no prompt"
+    if not is_text:
+        prompt = [{"role": m["role"], "content": m["content"]} for m in as_messages(prompt)]
+        if prompt[-1]["role"] != "user" or not all(isinstance(text, str) for m in prompt for text in m.values()):
+            return "the prompt does not end with a user's message"
+    elif not isinstance(prompt, str):
+        return "the prompt is not text"
     if responses == [None, None]:
-        return parsed
+        return prompt, None, None
     if not all(isinstance(r, str) and r.strip() for r in responses):
         return "an empty response"
     if any(HH_TURN.search(r) for r in responses):
@@ -1149,8 +1260,10 @@ def parse_pair(row: dict) -> Parsed:
         answers = [*chosen[len(shared):], *rejected[len(shared):]]
         if len(answers) != 2 or any(m["role"] != "assistant" for m in answers):
             return "the responses are not one assistant's message each"
-        prompt = shared or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or [])
-        return [{"role": m["role"], "content": m["content"]} for m in prompt], answers[0]["content"], answers[1]["content"]
+        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
+        if shared[: len(prompt)] != prompt:  # the responses repeat the prompt from its start, or its end, or not at all
+            shared = prompt + shared[len(shared) if prompt[len(prompt) - len(shared):] == shared else 0:]
+        return shared, answers[0]["content"], answers[1]["content"]
     if not (isinstance(chosen, str) and isinstance(rejected, str)):
         return "an empty response"
     if prompt is not None:

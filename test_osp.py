@@ -4,8 +4,10 @@ import itertools
 import json
 import math
 import os
+import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
@@ -488,3 +490,70 @@ def test_exit_codes_of_the_program(tmp_path):
     for arguments in (["--num_generations", "1"], ["--no_such_option", "1"]):
         done = subprocess.run([sys.executable, osp.__file__, *arguments], capture_output=True, text=True, cwd=tmp_path)
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
+
+
+# --------------------------------------------------------------------------------------------- make bench: fixed work
+def bench_step(K: int, bf16: bool, threads: int, steps: int = 3) -> dict:
+    """Seconds a step by stage, and what the arithmetic alone would take, for the fixed work: a random Llama of 5.3M
+    parameters, 8 prompts of 32 tokens, 64 new tokens forced. Runs osp.train_step itself, in a process of its own."""
+    torch.set_num_threads(threads)
+    B, prompt_tokens, T = 8, 32, 64
+    words = osp.JUDGE_FRAME.format(prompt="> Human:", a=">", b=">").split() + ["A", "B"]
+    vocabulary = {w: i for i, w in enumerate(dict.fromkeys(["<eos>", *words, *(f"w{i}" for i in range(4096))])) if i < 4096}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(vocab_size=4096, hidden_size=256, intermediate_size=704, num_hidden_layers=4, num_attention_heads=4,
+                                      max_position_embeddings=1024, bos_token_id=None, eos_token_id=0)
+    policy, sft = transformers.LlamaForCausalLM(config), transformers.LlamaForCausalLM(config)
+    sft.load_state_dict(policy.state_dict())
+    sft.requires_grad_(False).to(torch.bfloat16 if bf16 else torch.float32)
+    osp.stop_token_ids = lambda *_: [-1]  # every response runs to its full length
+    args = osp.parse_arguments(["--num_generations", str(K), "--max_new_tokens", str(T), "--per_device_train_batch_size", str(B), "--micro_batch_size", "16",
+                                "--bf16", str(bf16)])
+    prompts = [" ".join(f"w{i}" for i in np.random.default_rng(b).integers(0, 4000, prompt_tokens)) for b in range(B)]
+    optimizer, scheduler = osp.optimizer_and_schedule(policy, 1e-4, 100, args)
+    lines = [osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), s, args) for s in range(steps + 1)]
+    stages = ("sample", "rank", "judge", "reference", "update")
+    best = min(lines[1:], key=lambda line: sum(line["seconds_" + s] for s in stages))
+    seconds = {s: best["seconds_" + s] for s in stages}
+    a, b = torch.randn(1024, 1024), torch.randn(1024, 1024)
+    speed = max(timed_matmul(a, b) for _ in range(10))
+    head = 4096 * 256
+    body = sum(p.numel() for p in policy.parameters()) - 2 * head
+    rows, question = B * K * T, len(osp.encode_questions(tokenizer, prompts[:1], [prompts[0] + " " + prompts[0]], [prompts[0] + " " + prompts[0]])[0])
+    scored = (B * prompt_tokens + rows) * body + rows * head  # parameters times tokens: a prompt once, the head where logits are used
+    questions = B * (2 * (K - 1) + 2 * (K // 2) - 2)  # one pair of each prompt was asked while ranking
+    flops = 2 * scored + 2 * questions * question * body + 2 * scored + 6 * scored
+    total = sum(seconds.values())
+    return {"K": K, "bf16": bf16, "threads": threads, **seconds, "step": total, "tokens_s": rows / total, "pairs_s": best["pairs"] / total,
+            "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "gflops": flops / total / 1e9, "share": flops / total / speed, "floor": flops / speed}
+
+
+def timed_matmul(a, b):
+    """FLOP/s of one matrix product in fp32: this machine's own speed, in the same run."""
+    start = time.perf_counter()
+    for _ in range(10):
+        a @ b
+    return 10 * 2 * a.shape[0] ** 3 / (time.perf_counter() - start)
+
+
+def bench():
+    """A process for each configuration, so that its peak memory is its own."""
+    stages = ["sample", "rank", "judge", "reference", "update", "step"]
+    print("K precision threads |" + "".join(f"{s:>10}" for s in stages) + " s | tokens/s pairs/s  MiB | GFLOP/s  of matmul  x floor")
+    for threads, bf16, K in itertools.product((1, os.cpu_count()), (False, True), (2, 4, 8)):
+        done = subprocess.run([sys.executable, __file__, str(K), str(int(bf16)), str(threads)], capture_output=True, text=True)
+        if done.returncode:
+            sys.exit(done.stderr)
+        r = json.loads(done.stdout.splitlines()[-1])
+        print(f"{K} {'bf16' if bf16 else 'fp32':>9} {threads:7} |" + "".join(f"{r[s]:10.2f}" for s in stages)
+              + f"   | {r['tokens_s']:8.0f} {r['pairs_s']:7.1f} {r['rss']:4.0f} | {r['gflops']:7.0f} {r['share']:9.0%} {r['step'] / r['floor']:8.2f}", flush=True)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) == 4:
+        print(json.dumps(bench_step(int(sys.argv[1]), bool(int(sys.argv[2])), int(sys.argv[3]))))
+    else:
+        bench()
