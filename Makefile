@@ -1,4 +1,5 @@
 # make run: the built-in task end to end.   make test: the tests.   make smoke: every stage in about ten seconds.
+# make bench: seconds a step by stage, against the arithmetic alone.
 # More arguments for osp.py:  make run ARGS="--seed 1"
 # Without a GPU, the small build of torch:  make run PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3.11
@@ -16,9 +17,12 @@ smoke: $(BIN)/ready
 test: $(BIN)/ready
 	$(BIN)/python -m pytest -q test_osp.py $(ARGS)
 
+bench: $(BIN)/ready
+	$(BIN)/python test_osp.py
+
 $(BIN)/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
-.PHONY: run smoke test
+.PHONY: run smoke test bench

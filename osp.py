@@ -32,10 +32,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import datasets
 import jinja2
@@ -66,7 +66,7 @@ class Stop(Exception):
 class Arguments:
     """Defaults are for real models; without --model_name_or_path those of BUILTIN below apply."""
 
-    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder of a causal LM; none: a tiny random one")
+    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder; none: a tiny random model")
     dataset_name: str | None = HfArg(default=None, help="Hub name, file or folder; none: the built-in task")
     dataset_config: str | None = HfArg(default=None, help="configuration of the data set")
     dataset_data_dir: str | None = HfArg(default=None, help="folder within the data set, such as harmless-base of HH")
@@ -114,7 +114,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         parser.set_defaults(**BUILTIN)
     args = parser.parse_args_into_dataclasses(argv)[0]
     if args.dataset_name and not args.model_name_or_path:
-        raise Stop("--dataset_name needs --model_name_or_path: the built-in model knows the built-in task's words alone.")
+        raise Stop("--dataset_name needs --model_name_or_path: the built-in model knows the built-in words only.")
     if args.eval_judge_name_or_path and not args.dataset_name:
         raise Stop("--eval_judge_name_or_path has no use on the built-in task, whose true reward is known.")
     if args.num_generations < 2:
@@ -221,7 +221,8 @@ class Data(NamedTuple):
 def load_data(tokenizer, model, judge, args: Arguments) -> Data:
     """The rows and prompts of this run. All fit the model's context, and held-out ones that of `judge`, if there is one."""
     name, config, folder = args.dataset_name, args.dataset_config, args.dataset_data_dir
-    train, measured = load_preferences(name, args.dataset_train_split, config, folder), max(args.num_eval_prompts, args.num_eval_pairs)
+    train = load_preferences(name, args.dataset_train_split, config, folder)
+    measured = max(args.num_eval_prompts, args.num_eval_pairs)
     print(f"{len(train)} rows to train on" + (f" ({train.info.description})" if train.info.description else ""))
     has_test = "test" in read_dataset(name, config, folder) and args.dataset_train_split != "test"
     test_split = args.dataset_test_split or ("test" if has_test else None)
@@ -234,11 +235,14 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
     held_out = fitting_rows(tokenizer, model, args, test, measured, "held-out")
     if judge:
         held_out = fitting_rows(judge[1], judge[0], args, held_out, measured, "held-out")
-    ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain") if name is None else None
-    wanted = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
-    train = fitting_rows(tokenizer, model, args, train, max(wanted, 4 * args.num_train_prompts), "training", map(prompt_key, test["prompt"]))
+    by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
+    wanted = max(by_sft, 4 * args.num_train_prompts)
+    train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]))
     prompts = list({prompt_key(p): p for p in train["prompt"]}.values())[: args.num_train_prompts]
-    return Data(train, prompts, held_out, ood, gold_reward if name is None else None)
+    if name is not None:
+        return Data(train, prompts, held_out, None, None)
+    ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain")
+    return Data(train, prompts, held_out, ood, gold_reward)
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -258,7 +262,7 @@ def fitting_rows(tokenizer, model, args: Arguments, rows: datasets.Dataset, want
             if prompt_key(prompt) in excluded:
                 passed_over["its prompt is held out"] += 1
             elif len(question) + 2 * args.max_new_tokens > limit:
-                passed_over[f"two responses of {args.max_new_tokens} tokens and it exceed the context of {limit}"] += 1
+                passed_over[f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"] += 1
             elif not suits_template(tokenizer, prompt):
                 passed_over["the chat template refuses it"] += 1
             else:
@@ -345,7 +349,7 @@ def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[Ids]:
 
 
 def encode_responses(tokenizer, prompts: list[Prompt], responses: list[str], max_new_tokens: int) -> list[Ids]:
-    """N responses of the data -> ids as the policy would sample them: cut at max_new_tokens, else with EOS at the end."""
+    """N responses of the data -> ids as the policy would sample them: cut at max_new_tokens, else ending in EOS."""
     heads, tails = [framed(tokenizer, p) for p in prompts], [plain(tokenizer, r) for r in responses]
     tails = [tail if head[-1].isspace() else " " + tail for head, tail in zip(heads, tails)]
     rows = zip(encode(tokenizer, heads), encode(tokenizer, [h + t for h, t in zip(heads, tails)]), tails)
@@ -377,15 +381,15 @@ def quoted(text: str) -> str:
 def verdict_format(tokenizer) -> tuple[str, int, int]:
     """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop where there are none.
 
-    A letter encoded by itself may get another id (SentencePiece), so both are read off the end of a whole question: after
-    a space ("Better: A"), else on a new line, else at once; they must be one token each and leave the question's alone."""
+    A letter encoded by itself may get another id (SentencePiece), so both are read off the end of a whole question:
+    after a space ("Better: A"), else on a new line, else at once; one token each, the question's tokens unchanged."""
     for end, gap in (("", " "), ("\n", ""), ("", "")):
         text = judge_question(tokenizer, "p", "x", "y", end)
         gap = "" if text[-1].isspace() else gap
         head, a, b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
         if a[:-1] == b[:-1] == head and a[-1] != b[-1] and tokenizer.unk_token_id not in (a[-1], b[-1]):
             return end, a[-1], b[-1]
-    raise Stop(f"This tokenizer never makes the verdict letters A and B one token each at the end of the judge's question "
+    raise Stop("This tokenizer never makes the verdict letters A and B one token each at the end of the judge's question "
                f"({text[-20:]!r}): change the end of JUDGE_FRAME in osp.py.")
 
 
@@ -393,7 +397,8 @@ def encode_questions(tokenizer, prompts: list[Prompt], responses_1: list[str], r
                      limit: int = sys.maxsize) -> list[Ids]:
     """N questions to the judge, response 1 shown as A; where one exceeds `limit` tokens, both its responses are cut."""
     end, _, _ = verdict_format(tokenizer)
-    questions = encode(tokenizer, [judge_question(tokenizer, *row, end) for row in zip(prompts, responses_1, responses_2)])
+    rows = zip(prompts, responses_1, responses_2)
+    questions = encode(tokenizer, [judge_question(tokenizer, *row, end) for row in rows])
     for i, (a, b) in enumerate(zip(responses_1, responses_2)):
         while len(questions[i]) > limit and (a or b):
             a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
@@ -404,14 +409,14 @@ def encode_questions(tokenizer, prompts: list[Prompt], responses_1: list[str], r
 # ----------------------------------------------------------------------------------------------------------------------
 # 4. Supervised fine-tuning with the judging task: makes pi_SFT, which is the start, the judge and the reference
 # ----------------------------------------------------------------------------------------------------------------------
-SFT_EASY_STEPS, SFT_EASY_ROWS = 0.3, 0.25  # a curriculum: in this share of the steps, this share of the pairs (the shortest)
+SFT_EASY_STEPS, SFT_EASY_ROWS = 0.3, 0.25  # a curriculum: this share of the steps sees this share of the pairs, the shortest
 
 
 def supervised_tasks(tokenizer, batch: dict, limit: int, args: Arguments) -> dict[str, tuple[list[Ids], list[Ids]]]:
     """Preference pairs -> the rows of both tasks, each as prompt ids and target ids: the loss is on the targets alone.
 
-    respond: the chosen responses. judge: the right verdict on each pair in both orders; reconstruction: both orders, and
-    the loss on the verdict only. Judging takes long to learn and responding does not, so a third of the responses do."""
+    respond: the chosen responses; a third of them, for responding is learned long before judging. judge: the right verdict
+    on each pair in both orders. Reconstruction: the third, both orders, and the loss on the verdict only."""
     prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
     _, a, b = verdict_format(tokenizer)
     questions = encode_questions(tokenizer, prompts + prompts, chosen + rejected, rejected + chosen, limit)
@@ -436,8 +441,9 @@ def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Argumen
         for task, (prompt_ids, target_ids) in supervised_tasks(tokenizer, batch, limit, args).items():
             order, tokens = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])), sum(map(len, target_ids))
             for rows in chunks(order, args.micro_batch_size):
+                prompts, targets = [prompt_ids[i] for i in rows], [target_ids[i] for i in rows]
                 with precision(model, args):
-                    logps = response_logps(model, [prompt_ids[i] for i in rows], [target_ids[i] for i in rows], pad, len(rows))
+                    logps = response_logps(model, prompts, targets, pad, len(rows))
                 (loss := -logps.sum() / tokens).backward()
                 losses[task] = losses.get(task, 0.0) + loss.item()
         optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
@@ -451,12 +457,14 @@ SAMPLING_BATCH_SIZE = 128  # responses sampled side by side: they keep no activa
 
 
 def sampling_noise(seed: int, step: int, prompts: list[int], ks: Iterable[int], length: int) -> torch.Tensor:
-    """(B, K, T) uniform float64: numbers that belong to (seed, step, prompt, k), not to the batch nor to the process."""
-    return torch.from_numpy(np.array([[np.random.default_rng((seed, step, i, k)).random(length) for k in ks] for i in prompts]))
+    """(B, K, T) uniform float64: numbers that belong to (seed, step, prompt, k), not to the batch or the process."""
+    draw = lambda i, k: np.random.default_rng((seed, step, i, k)).random(length)
+    return torch.from_numpy(np.array([[draw(i, k) for k in ks] for i in prompts]))
 
 
 @torch.no_grad()
-def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float, stop_ids: list[int], pad: int) -> list[list[Ids]]:
+def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float, stop_ids: list[int],
+           pad: int) -> list[list[Ids]]:
     """B prompts' ids and noise (B, K, T) -> B lists of K responses of at most T tokens, with the EOS where one was drawn.
 
     On-policy means the distribution itself: no top-k, no top-p, nothing from the checkpoint's generation_config. Each
@@ -492,7 +500,8 @@ def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
 
 def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
     """`sample`, a few prompts at a time."""
-    stops, pad, size = stop_token_ids(model, tokenizer), pad_token_id(tokenizer), max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
+    stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
+    size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
     parts = zip(chunks(prompt_ids, size), noise.split(size))
     return [rows for ids, u in parts for rows in sample(model, ids, u, args.temperature, stops, pad)]
 
@@ -500,7 +509,8 @@ def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tenso
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Rank against one baseline, and pair
 # ----------------------------------------------------------------------------------------------------------------------
-def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict, micro_batch_size: int = 8) -> torch.Tensor:
+def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict,
+                   micro_batch_size: int = 8) -> torch.Tensor:
     """B prompts with K texts each -> (B, K) scores: the strength of each against the first, whose own score is 1/2.
 
     O(K) questions instead of O(K^2). Source: the surveys' account of OSP's ranked pairing. The first candidate as the
@@ -553,7 +563,7 @@ def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: 
 
 
 def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
-    """(P,), (P,) -> (P,): the average over both orders, in the form that is exactly 1/2 in floats where they are equal."""
+    """(P,), (P,) -> (P,): the average over both orders, in the form that in floats is exactly 1/2 for equal ones."""
     return (p_12 + (1 - p_21)) / 2
 
 
@@ -562,7 +572,8 @@ def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: li
     """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
 
     p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
-    return both_orders(*verdict_probabilities(judge, tokenizer, prompts, responses_1, responses_2, asked, micro_batch_size))
+    rows = prompts, responses_1, responses_2
+    return both_orders(*verdict_probabilities(judge, tokenizer, *rows, asked, micro_batch_size))
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -573,13 +584,13 @@ def implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, be
     return beta * ((policy_logps_1 - ref_logps_1) - (policy_logps_2 - ref_logps_2))
 
 
-def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_logps_1: torch.Tensor, ref_logps_2: torch.Tensor,
-              strength: torch.Tensor, beta: float) -> torch.Tensor:
+def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_logps_1: torch.Tensor,
+              ref_logps_2: torch.Tensor, strength: torch.Tensor, beta: float) -> torch.Tensor:
     """Soft-preference cross-entropy: logps (P,) and strengths p(1 > 2) (P,) -> losses (P,), not reduced.
 
         L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],    dL/dh = sigmoid(h) - p,    least at h = logit(p)
 
-    p = 1 is DPO; p = 1 - eps is conservative DPO. Source: name and purpose are the paper's; the formula is reconstruction,
+    p = 1 is DPO; p = 1 - eps is conservative DPO. Source: name and purpose are the paper's; reconstruction: the formula,
     the cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
     h = implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta)
     return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
@@ -622,7 +633,8 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int)
     return logps.where(inputs["attention_mask"][:, -T:].bool(), 0.0)
 
 
-def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int, micro_batch_size: int = 8) -> torch.Tensor:
+def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int,
+                   micro_batch_size: int = 8) -> torch.Tensor:
     """N prompts and responses as ids -> (N,) fp32 logps in nats: sums over each response's tokens, its EOS included.
 
     Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
@@ -644,7 +656,7 @@ class Pairs(NamedTuple):
 
 
 def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int, step: int) -> dict[str, float]:
-    """One optimiser step on the mean SPCE loss over the step's P pairs, in micro-batches that do not change the gradient.
+    """One optimiser step on the mean SPCE loss over the step's P pairs; micro-batches do not change the gradient.
 
     Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
     pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
@@ -671,7 +683,7 @@ def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Argume
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
-    return optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, num_warmup_steps=warmup, num_training_steps=steps)
+    return optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
 
 
 def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, where: str) -> float:
@@ -679,7 +691,7 @@ def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, wh
     grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left as they were: "
-                   "lower the learning rate, or go on from the last checkpoint with --resume_from_checkpoint latest.", code=1)
+                   "lower the learning rate, or go on with --resume_from_checkpoint latest.", code=1)
     optimizer.step()
     scheduler.step()
     optimizer.zero_grad()
@@ -704,7 +716,8 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
 
 
-def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge, args: Arguments) -> tuple[dict, list[tuple]]:
+def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge,
+             args: Arguments) -> tuple[dict, list[tuple[Prompt, str, str]]]:
     """The figures of held-out rows, and samples (prompt, response of pi_SFT, response of the policy), one a prompt.
 
     win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
@@ -718,14 +731,14 @@ def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge, 
     with torch.no_grad(), precision(policy, args):
         kl = response_logps(policy, ids, after, pad, size) - response_logps(sft, ids, after, pad, size)
     if data.gold:
-        gold_before, gold_after = (torch.tensor([data.gold(*x) for x in zip(prompts, texts)]) for texts in (texts_before, texts_after))
+        gold_before, gold_after = (torch.tensor(list(map(data.gold, prompts, texts))) for texts in (texts_before, texts_after))
         wins = (gold_after > gold_before).float() + (gold_after == gold_before).float() / 2
         figures = {"gold_reward": gold_after.mean().item(), "gold_reward_sft": gold_before.mean().item()}
     else:
         wins = preference_strength(*judge, prompts, texts_after, texts_before, None, size)
         figures = {"self_judged": args.eval_judge_name_or_path is None}
-    figures |= {"win_rate_vs_sft": wins.mean().item(), "win_rate_vs_sft_se": wins.std(correction=0).item() / len(wins) ** 0.5,
-                "kl": kl.mean().item()}
+    figures |= {"win_rate_vs_sft": wins.mean().item(), "kl": kl.mean().item(),
+                "win_rate_vs_sft_se": wins.std(correction=0).item() / len(wins) ** 0.5}
     for suffix, responses in (("", after), ("_sft", before)):
         figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
         figures["response_tokens" + suffix] = sum(map(len, responses)) / len(responses)
@@ -754,7 +767,7 @@ def order_agreement(p_12: torch.Tensor, p_21: torch.Tensor) -> float:
 
 
 def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
-    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap between the two over bins, by their size."""
+    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap of the two over bins, by their size."""
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
     gaps = [(confidence[which == b] - right[which == b]).sum().abs() for b in which.unique()]
     return (sum(gaps) / len(confidence)).item()
@@ -793,8 +806,8 @@ def load_weights(folder: Path, model):
 
 def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
     """A hash of everything that makes the SFT model: start weights and configuration, tokenizer, rows, arguments."""
-    names = ("sft", "sft_learning_rate", "sft_batch_size", "sft_max_steps", "seed", "bf16", "micro_batch_size", "max_new_tokens",
-             "lr_scheduler_type", "warmup_steps", "max_grad_norm", "gradient_checkpointing")
+    names = ("sft", "sft_learning_rate", "sft_batch_size", "sft_max_steps", "lr_scheduler_type", "warmup_steps",
+             "max_grad_norm", "max_new_tokens", "micro_batch_size", "gradient_checkpointing", "bf16", "seed")
     backend = getattr(tokenizer, "backend_tokenizer", None)
     words = backend.to_str() if backend else tokenizer.get_vocab()
     used = [{name: getattr(args, name) for name in names}, words, tokenizer.chat_template, tokenizer.special_tokens_map,
@@ -837,7 +850,7 @@ def load_checkpoint(folder: Path, model, optimizer, scheduler, inputs: str) -> i
         model.load_state_dict(load_weights(folder, model).state_dict())
         state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        raise Stop(f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it and resume from an older one.") from error
+        raise Stop(damaged(folder, error)) from error
     if state["inputs"] != inputs:
         raise Stop(f"{str(folder)!r} was written with other data or another start model: start a new --output_dir.")
     optimizer.load_state_dict(state["optimizer"])
@@ -846,9 +859,14 @@ def load_checkpoint(folder: Path, model, optimizer, scheduler, inputs: str) -> i
     return state["step"]
 
 
+def damaged(folder: Path, error: Exception) -> str:
+    """The sentence for a checkpoint that cannot be read."""
+    return f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it, and resume from an older one."
+
+
 def checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that this program wrote into a folder, oldest first."""
-    found = [path for path in folder.glob("checkpoint-*") if path.name[11:].isdigit() and (path / "training_state.pt").is_file()]
+    found = [path.parent for path in folder.glob("checkpoint-*/training_state.pt") if path.parent.name[11:].isdigit()]
     return sorted(found, key=lambda path: int(path.name[11:]))
 
 
@@ -862,13 +880,13 @@ def find_checkpoint(args: Arguments) -> Path | None:
         return None
     folder = found[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
     if folder.resolve() not in [path.resolve() for path in found]:
-        raise Stop(f"--resume_from_checkpoint: {str(folder)!r} is not a checkpoint of --output_dir {args.output_dir!r}: give one of "
-                   f"its checkpoint-<step> folders ({', '.join(path.name for path in found) or 'it has none'}), or latest.")
+        raise Stop(f"{str(folder)!r} is not a checkpoint of --output_dir {args.output_dir!r}, which has "
+                   f"{', '.join(path.name for path in found) or 'none'}: give the path of one of these, or latest.")
     free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir")
     try:
         then = json.loads((folder / "arguments.json").read_text())
     except (OSError, ValueError) as error:
-        raise Stop(f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it and resume from an older one.") from error
+        raise Stop(damaged(folder, error)) from error
     changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
     if changed:
         raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another "
@@ -888,8 +906,8 @@ def check_output(args: Arguments, checkpoint: Path | None) -> Path:
         raise Stop(f"Cannot write into {str(folder)!r} ({error.strerror}): give another folder.") from error
     resumes = checkpoint or args.resume_from_checkpoint and not (output / "summary.json").exists()
     if any(output.iterdir()) and not (args.overwrite_output_dir or resumes):
-        raise Stop(f"{args.output_dir!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace it, "
-                   "or --resume_from_checkpoint latest to go on with it.")
+        raise Stop(f"{args.output_dir!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace "
+                   "it, or --resume_from_checkpoint latest to go on with one that was interrupted.")
     return output
 
 
@@ -942,12 +960,15 @@ def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: i
         triples, identical = pair_responses(scores, responses)
     flat, stops = [ids for row in responses for ids in row], stop_token_ids(policy, tokenizer)
     metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical,
-               "response_tokens": sum(map(len, flat)) / len(flat), "eos_rate": sum(ids[-1] in stops for ids in flat) / len(flat)}
+               "response_tokens": sum(map(len, flat)) / len(flat),
+               "eos_rate": sum(ids[-1] in stops for ids in flat) / len(flat)}
     if triples:
-        asked_of, chosen, rejected = zip(*[(prompts[i], texts[i][j], texts[i][k]) for i, j, k in triples])
-        prompt_rows, chosen_ids, rejected_ids = map(list, zip(*[(prompt_ids[i], responses[i][j], responses[i][k]) for i, j, k in triples]))
+        chosen, rejected = [texts[i][j] for i, j, _ in triples], [texts[i][k] for i, _, k in triples]
+        chosen_ids, rejected_ids = [responses[i][j] for i, j, _ in triples], [responses[i][k] for i, _, k in triples]
+        prompt_rows = [prompt_ids[i] for i, _, _ in triples]
         with timed(seconds, "judge"):
-            p_12, p_21 = verdict_probabilities(sft, tokenizer, asked_of, chosen, rejected, asked, size)
+            paired = [prompts[i] for i, _, _ in triples]
+            p_12, p_21 = verdict_probabilities(sft, tokenizer, paired, chosen, rejected, asked, size)
             strength = both_orders(p_12, p_21).to(policy.device)
         with timed(seconds, "reference"), torch.no_grad():
             refs = response_logps(sft, prompt_rows * 2, chosen_ids + rejected_ids, pad, size).chunk(2)
@@ -1029,7 +1050,8 @@ def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
     if metrics["pairs"] == 0:
         bar.write(f"step {metrics['step']}: the two responses of every pair were identical, so there was no update")
     else:
-        bar.set_postfix_str("loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}".format(**metrics))
+        figures = "loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}"
+        bar.set_postfix_str(figures.format(**metrics))
 
 
 REPORT = [  # name, of SFT, of OSP: a key of the summary, a number, or nothing
@@ -1109,8 +1131,9 @@ def builtin_pair(rng: random.Random, prompt: str) -> tuple[str, str]:
     def written(kinds: list[list[bool]]) -> str:
         clauses = []
         for helpful, harmless in kinds:
-            words = topic if helpful else rng.choice(others), rng.choice(VERBS), rng.choice(KIND if harmless else RUDE), "."
-            clauses.append(clauses[-1] if clauses and rng.random() < 0.1 else " ".join(words))
+            subject, adjective = topic if helpful else rng.choice(others), rng.choice(KIND if harmless else RUDE)
+            fresh = f"{subject} {rng.choice(VERBS)} {adjective} ."
+            clauses.append(clauses[-1] if clauses and rng.random() < 0.1 else fresh)
         return " ".join(clauses)
 
     one, two = ([[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2))
@@ -1174,8 +1197,8 @@ def read_dataset(name: str | None, config: str | None, data_dir: str | None) -> 
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     except Exception as error:  # the loaders raise a dozen kinds; each is the user's to mend
-        raise Stop(f"Cannot read the data set {name!r} ({first_line(error)}): give a Hub name, which needs the network, a "
-                   ".json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
+        raise Stop(f"Cannot read the data set {name!r} ({first_line(error)}): give a Hub name, which needs the network, "
+                   "a .json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
     return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
 
 
@@ -1189,12 +1212,13 @@ def row_format(rows: datasets.Dataset, name: str | None) -> tuple[Callable[[dict
     elif "prompt" in columns:
         parse = parse_prompt
     else:
-        raise Stop(f"The columns {sorted(columns)} of {name!r} fit no known format: give chosen and rejected (and prompt), "
-                   "prompt alone, or TL;DR's info, summaries and choice.")
+        raise Stop(f"The columns {sorted(columns)} of {name!r} fit no known format: give chosen and rejected (and "
+                   "prompt), prompt alone, or TL;DR's info, summaries and choice.")
     shown = [column for column in ("prompt", "chosen") if column in columns and parse is not parse_tldr]
     is_text = all(isinstance(rows.features[column], datasets.Value) for column in shown)
     features = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
-    return parse, datasets.Features(features if parse is parse_prompt else features | {"chosen": text, "rejected": text})
+    responses = {} if parse is parse_prompt else {"chosen": text, "rejected": text}
+    return parse, datasets.Features(features | responses)
 
 
 def parse_batch(parse: Callable[[dict], Parsed], dropped: collections.Counter, features: dict, batch: dict) -> dict:
@@ -1242,7 +1266,7 @@ def parse_prompt(row: dict) -> Parsed:
 
 
 def parse_tldr(row: dict) -> Parsed:
-    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; rows of CNN/DM have no post."""
+    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; CNN/DM rows have no post."""
     info, texts = row["info"] or {}, [s["text"] for s in row["summaries"] or []]
     if not info.get("post"):
         return "not a TL;DR post"
@@ -1253,7 +1277,7 @@ def parse_tldr(row: dict) -> Parsed:
 
 
 def parse_pair(row: dict) -> Parsed:
-    """HH's transcripts, UltraFeedback's rows, TRL's standard and conversational ones, with a prompt or an implicit one."""
+    """HH's transcripts, UltraFeedback's rows, TRL's standard and conversational ones, the prompt given or implicit."""
     prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
     if isinstance(chosen, list) and isinstance(rejected, list):
         shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])

@@ -307,6 +307,11 @@ FORMATS = {
     "conversational implicit": ({"chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]}, ([user("q")], "good", "bad")),
     "ultrafeedback": ({"prompt": "q", "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")], "score_chosen": 8.0},
                       ([user("q")], "good", "bad")),
+    "system message": ({"prompt": [{"role": "system", "content": "s"}, user("q")], "chosen": [user("q"), assistant("good")], "rejected": [user("q"), assistant("bad")]},
+                       ([{"role": "system", "content": "s"}, user("q")], "good", "bad")),
+    "shared turns": ({"prompt": [user("q")], "chosen": [assistant("a"), user("r"), assistant("good")], "rejected": [assistant("a"), user("r"), assistant("bad")]},
+                     ([user("q"), assistant("a"), user("r")], "good", "bad")),
+    "chat prompt, text responses": ({"prompt": [user("q")], "chosen": "good", "rejected": "bad"}, ([user("q")], "good", "bad")),
     "tldr": ({"info": {"post": "long", "title": "t", "subreddit": "s"}, "summaries": [{"text": " bad"}, {"text": " good"}], "choice": 1},
              ("SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:", "good", "bad")),
     "prompts": ({"prompt": "q"}, ("q",)),
@@ -342,6 +347,10 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path):
     assert [tuple(row.values()) for row in kept] == [(head, "a", "b")]
     assert sum(int(part.split()[0]) for part in kept.info.description.split(", ")) == 5
     assert "2 dropped: an empty response" in kept.info.description and "1 dropped: identical responses" in kept.info.description
+    for name, bad in (("sharegpt", {"prompt": [{"from": "human", "value": "q"}]}), ("strings", {"prompt": "p", "chosen": ["a"], "rejected": ["b"]})):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps(bad))
+        with pytest.raises(osp.Stop, match="1 dropped: not in the format"):
+            osp.load_preferences(str(tmp_path / f"{name}.jsonl"))
     news = {"info": {"post": None, "title": "t", "subreddit": None, "article": "x"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": 0}
     (tmp_path / "tldr.jsonl").write_text("\n".join(map(json.dumps, [FORMATS["tldr"][0] | {"info": FORMATS["tldr"][0]["info"] | {"article": None}}, news])))
     kept = osp.load_preferences(str(tmp_path / "tldr.jsonl"))
@@ -422,6 +431,62 @@ def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, caps
     assert saved.chat_template == CHAT and "self-judged" in capsys.readouterr().out
 
 
+def test_nothing_written_is_lost_by_a_mistake(tmp_path):
+    """Inputs are checked before an old run is removed; a finished run is not replaced by `latest` without a checkpoint."""
+    run(tmp_path, "--save_steps", "4")
+    before = sorted(path.name for path in (tmp_path / "run").iterdir())
+    assert {"checkpoint-4", "metrics.jsonl", "summary.json", "model.safetensors"} <= set(before)
+    for more in (["--overwrite_output_dir", "--model_name_or_path", "nowhere"], ["--resume_from_checkpoint", "checkpoint-9"], []):
+        with pytest.raises(osp.Stop):
+            run(tmp_path, *more)
+        assert sorted(path.name for path in (tmp_path / "run").iterdir()) == before
+    (tmp_path / "run" / "checkpoint-4" / "training_state.pt").write_bytes(b"cut short")
+    with pytest.raises(osp.Stop, match="damaged"):
+        run(tmp_path, "--save_steps", "4", "--resume_from_checkpoint", "latest")
+    (tmp_path / "run" / "checkpoint-4" / "training_state.pt").unlink()
+    with pytest.raises(osp.Stop, match="already holds a run"):
+        run(tmp_path, "--resume_from_checkpoint", "latest")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(osp.Stop, match="Cannot write"):
+        run(tmp_path, "--output_dir", str(tmp_path / "file" / "run"))
+
+
+def test_other_data_or_start_model_is_not_resumed_and_not_taken_from_the_cache():
+    args, (model, tokenizer) = osp.parse_arguments([]), osp.builtin_model(0)
+    rows = osp.load_preferences(None, "ood")
+    key = osp.fingerprint(model, tokenizer, rows, args)
+    assert osp.fingerprint(osp.builtin_model(0)[0], tokenizer, osp.load_preferences(None, "ood"), args) == key
+    others = [(osp.builtin_model(1)[0], rows, args), (model, rows.select(range(5)), args), (model, rows, osp.parse_arguments(["--sft_max_steps", "1"]))]
+    model_with_other_stop = osp.builtin_model(0)[0]
+    model_with_other_stop.generation_config.eos_token_id = [1, 2]
+    assert key not in [osp.fingerprint(m, tokenizer, r, a) for m, r, a in [*others, (model_with_other_stop, rows, args)]]
+
+
+def test_dropout_is_zero_and_stays_in_the_saved_configuration(tmp_path):
+    model, tokenizer = absolute(len(TOKENIZERS["byte-level"])), TOKENIZERS["byte-level"]
+    assert model.config.resid_pdrop == 0.1
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    loaded, _ = osp.load_model(str(tmp_path), osp.parse_arguments([]))
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(loaded.train()(input_ids=ids).logits, loaded.eval()(input_ids=ids).logits)
+    assert loaded.config.resid_pdrop == 0.1
+
+
+def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(capsys):
+    strict = CHAT.replace("{% for m in messages %}", "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}", 1)
+    tokenizer = trained_tokenizer("byte-level", strict)
+    model, args = rotary(len(tokenizer)), osp.parse_arguments(["--max_new_tokens", "8"])
+    prompts = [[user("hi")], [{"role": "system", "content": "s"}, user("hi")], [user("the cat sat on the mat " * 60)], [user("held")]]
+    rows = datasets.Dataset.from_list([{"prompt": p} for p in prompts])
+    kept = osp.fitting_rows(tokenizer, model, args, rows, 9, "training", [osp.prompt_key(prompts[3])])
+    said = capsys.readouterr().out
+    assert kept["prompt"] == [prompts[0]] and all(f"1 dropped: {why}" in said for why in ("the chat template", "too long", "its prompt is held"))
+    with pytest.raises(osp.Stop, match="No training row is left of 2"):
+        osp.fitting_rows(tokenizer, model, args, rows.select([1, 2]), 9, "training")
+
+
 def test_a_planted_preference_improves(monkeypatch):
     """A judge that likes one word makes a tiny policy say it, and the margins follow the strengths."""
     args = osp.parse_arguments(["--learning_rate", "3e-3", "--max_new_tokens", "8", "--num_generations", "8", "--beta", "0.3"])
@@ -493,7 +558,7 @@ def test_exit_codes_of_the_program(tmp_path):
 
 
 # --------------------------------------------------------------------------------------------- make bench: fixed work
-def bench_step(K: int, bf16: bool, threads: int, steps: int = 3) -> dict:
+def bench_step(K: int, bf16: bool, threads: int, steps: int = 2) -> dict:
     """Seconds a step by stage, and what the arithmetic alone would take, for the fixed work: a random Llama of 5.3M
     parameters, 8 prompts of 32 tokens, 64 new tokens forced. Runs osp.train_step itself, in a process of its own."""
     torch.set_num_threads(threads)
@@ -540,10 +605,14 @@ def timed_matmul(a, b):
 
 
 def bench():
-    """A process for each configuration, so that its peak memory is its own."""
+    """A process for each configuration, so that its peak memory is its own. bf16 only where the processor has it."""
+    a, b = torch.randn(512, 512), torch.randn(512, 512)
+    bf16_speed = timed_matmul(a.bfloat16(), b.bfloat16()) / timed_matmul(a, b)
+    if bf16_speed < 1:
+        print(f"bf16 left out: on this processor it makes a matrix product {1 / bf16_speed:.0f} times slower")
     stages = ["sample", "rank", "judge", "reference", "update", "step"]
     print("K precision threads |" + "".join(f"{s:>10}" for s in stages) + " s | tokens/s pairs/s  MiB | GFLOP/s  of matmul  x floor")
-    for threads, bf16, K in itertools.product((1, os.cpu_count()), (False, True), (2, 4, 8)):
+    for threads, bf16, K in itertools.product((1, os.cpu_count()), (False, True)[: 1 + (bf16_speed >= 1)], (2, 4, 8)):
         done = subprocess.run([sys.executable, __file__, str(K), str(int(bf16)), str(threads)], capture_output=True, text=True)
         if done.returncode:
             sys.exit(done.stderr)
