@@ -1,5 +1,5 @@
 # make run: the built-in task end to end.   make test: the tests.   make smoke: every stage in about ten seconds.
-# make bench: seconds a step by stage, against the arithmetic alone.
+# make bench: seconds a step by stage, against the arithmetic alone.   make vectors: golden numbers for ports, in vectors/.
 # More arguments for osp.py:  make run ARGS="--seed 1"
 # Without a GPU, the small build of torch:  make run PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3.11
@@ -20,9 +20,12 @@ test: $(BIN)/ready
 bench: $(BIN)/ready
 	$(BIN)/python test_osp.py
 
+vectors: $(BIN)/ready
+	$(BIN)/python test_osp.py vectors vectors
+
 $(BIN)/ready: requirements.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
-.PHONY: run smoke test bench
+.PHONY: run smoke test bench vectors

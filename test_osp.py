@@ -1,5 +1,7 @@
 """Tests of osp.py: numbers worked out by hand, properties, and the program end to end on tiny random models. No network."""
+import copy
 import gzip
+import hashlib
 import itertools
 import json
 import math
@@ -8,14 +10,18 @@ import resource
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
+from unittest import mock
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
 import datasets
 import numpy as np
 import pytest
+import safetensors.torch
 import tokenizers
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -557,6 +563,292 @@ def test_exit_codes_of_the_program(tmp_path):
         assert done.returncode == 2 and "Traceback" not in done.stderr and done.stderr.strip()
 
 
+# --------------------------------------------------------------------------------- make vectors: numbers for other ports
+VECTORS_README = """# Golden vectors of osp.py
+
+Written by `make vectors`; the same bit for bit on one machine with the same libraries. Ports must agree with pure.json and
+logps.safetensors (float64) to 1e-9 relative, and with steps.* (float32) to rtol 1e-3 and atol 1e-4. Masks, ids and pairs are
+exact; log-probabilities are in nats. B = 3 prompts, K = 4 responses a prompt, P pairs, N = 2P rows, T tokens, V = 32 words.
+
+## pure.json (float64)
+* `strength`: `logits_12`, `logits_21` (P, 2), the logits of the verdicts A, B with response 1, response 2 shown as A; `p_12`,
+  `p_21` (P,) = softmax(logits)[A]; `strength` (P,) = (p_12 + (1 - p_21)) / 2, the probability that response 1 is better.
+* `pairs`, a list: `scores` (K,), `responses` K lists of ids, `ranked` all K // 2 pairs [better, worse], `kept` those whose
+  ids differ, `dropped` how many do not. Sort by falling score, stably; best with worst, then inwards; an odd K leaves out the
+  middle.
+* `logps`: `prompt_ids`, `response_ids` N lists, `pad`: what logps.safetensors pads. A token of id `pad` may be real: mask by
+  position.
+* `spce` (P,) each: four `*_logps_*` and `strength` in, `beta`; h = beta * ((policy_1 - ref_1) - (policy_2 - ref_2)) is
+  `margin`; `loss` = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)] (never inf or nan); `gradient_1`, `gradient_2` = d loss / d
+  policy_logps_*.
+* `adamw`: `start` (5,) parameters, `gradients` (2, 5), then after each of 2 steps `parameters` (2, 5), and `grad_norms` (2,)
+  before clipping, `learning_rates` (2,) used. Clipping: g *= min(1, max_grad_norm / (norm + 1e-6)), norm over all parameters.
+  AdamW: betas 0.9, 0.95, eps 1e-8 (added outside the root), both moments bias-corrected, no weight decay.
+* `schedules`: for each name the learning rates (20,) of 20 steps at peak 1, of which `warmup` 2 are warm-up (step / 2: the
+  first rate is 0); with u = (step - 2) / 18, linear is then 1 - u, cosine (1 + cos(pi u)) / 2, the others 1; constant has no
+  warm-up.
+
+## logps.safetensors (float64; ids and masks int64)
+`input_ids`, `attention_mask`, `position_ids` (N, L): prompts padded left, responses right, so that all meet at one column.
+`logits` (N, L, V'): given; at one position they score the NEXT token. `token_logps` (N, T): of the response's tokens, 0
+beyond its end; T is the longest response. `logps` (N,): their sums, the EOS included and the prompt excluded.
+
+## model.json, weights.safetensors (float32): pi_SFT, which is judge, reference and the policy's start
+A Llama; x = embed_tokens[ids], then for each layer x += attention(rms(x)), x += mlp(rms(x)), at last logits = rms(x) @
+embed_tokens.T (tied). Weights are (out, in): y = x @ W.T, no biases. rms(x) = weight * x / sqrt(mean(x^2) + `rms_norm_eps`).
+mlp(x) = down(silu(gate(x)) * up(x)). Attention is causal with scale 1 / sqrt(head_dim); head i takes columns [i * head_dim,
+(i + 1) * head_dim) of q, k, v; padding is masked out as key. RoPE on q and k at position m: with angle a_j = m * `rope_theta`
+** (-2j / head_dim), j < head_dim / 2, elements (j, j + head_dim / 2) = (u, w) become (u cos a_j - w sin a_j, w cos a_j + u
+sin a_j). m is `position_ids`. Ids: 0 pad, 1 EOS, 5 and 6 the verdicts A and B. The judge's question on (prompt x, responses
+a, b) is x 2 a 3 b 4, where a and b lose their EOS; the verdict's logits are those at its last position.
+
+## steps.json: `arguments` of osp.py that matter, and `steps`, five entries with
+`prompt_ids` B lists; `responses` B x K lists, given: a real run samples them (fewer than `max_new_tokens` = 6 ids and an EOS,
+or 6 ids that were cut off); `pairs` P triples [prompt, better, worse]; `dropped` pairs of identical ids; `metrics`, as in
+metrics.jsonl: `loss` the mean over P; `grad_norm` before clipping; `learning_rate` the one used, of a linear schedule to 0
+over 5 steps without warm-up; `margin` the mean of h; `margin_accuracy` the share of pairs with strength != 1/2 where (h > 0)
+== (strength > 1/2); `kl` the mean over the N rows of log pi - log pi_SFT; `strength_std` divides by P; `eos_rate` over all B
+K responses; `order_agreement` the share of pairs, those with p_12 == p_21 left out, where (p_12 > 1/2) == (p_21 < 1/2). In
+step 1 the policy is pi_SFT, so h is 0 up to rounding and `margin_accuracy` is noise.
+
+## steps.safetensors: names begin with the step, 1 to 5 (ids and masks int64, all else float32)
+`rank_logits` (B, K - 1, 2, 2): response k = 1 ... K - 1 against response 0, [order, verdict], order 0 shows response k as A.
+`scores` (B, K): their strengths; that of response 0 is 1/2. `pair_logits` (P, 2, 2): likewise, order 0 shows the better as A.
+`strength` (P,). `ref_chosen_logps`, `ref_rejected_logps`, `policy_chosen_logps`, `policy_rejected_logps` (P,); chosen is the
+better of the pair. `margin`, `losses` (P,). `rows.input_ids`, `.attention_mask`, `.position_ids` (N, L),
+`rows.ref_token_logps`, `rows.policy_token_logps` (N, T): the padded batch; its rows are the P chosen and then the P rejected,
+stably sorted by (prompt length, prompt ids, response length). `judge.<i>.*` (questions, L): the judge's padded batches, 0 to
+rank and 1, where anything is left to ask, for the pairs; equal questions once, and none of batch 0 again; sorted by (length,
+ids). `gradient.<parameter>`: of the mean loss, before clipping. `after.<parameter>`: after the step. Where a gradient is near
+0, Adam's first steps depend on its last digits: hence the tolerance.
+"""
+VECTOR_ARGUMENTS = {"num_generations": 4, "max_new_tokens": 6, "per_device_train_batch_size": 3, "micro_batch_size": 96, "beta": 0.5,
+                    "learning_rate": 0.003, "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": 1.0, "seed": 0}
+
+
+class GivenLogits:
+    """A "model" that looks its logits up by a row's ids without padding: {ids: (T, V)}. Those of padding are 7."""
+    device, training, config = torch.device("cpu"), False, types.SimpleNamespace()
+
+    def __init__(self, table: dict):
+        self.table, self.eval = table, lambda: None
+
+    def __call__(self, input_ids, attention_mask, logits_to_keep=0, **_):
+        rows = [self.table[tuple(ids[mask].tolist())] for ids, mask in zip(input_ids, attention_mask.bool())]
+        logits = torch.full((*input_ids.shape, rows[0].shape[-1]), 7.0, dtype=torch.float64)
+        logits[attention_mask.bool()] = torch.cat(rows)
+        return types.SimpleNamespace(logits=logits[:, -logits_to_keep:])
+
+
+def without_tokenizer(**more):
+    """osp.py with ids in the place of texts; the judge's question is that of VECTORS_README. A context manager."""
+    question = lambda tokenizer, prompts, ones, twos, limit=None: [x + [2] + a + [3] + b + [4] for x, a, b in zip(prompts, ones, twos)]
+    return mock.patch.multiple(osp, encode_questions=question, verdict_format=lambda tokenizer: ("", 5, 6), encode_prompts=lambda tokenizer, prompts: prompts,
+                               decode=lambda tokenizer, rows: [[i for i in row if i != 1] for row in rows], **more)
+
+
+def pure_vectors(args) -> tuple[dict, dict]:
+    """What pure.json and logps.safetensors hold. osp's own functions, with its .float() made .double()."""
+    rng, double = np.random.default_rng(0), torch.float64
+    verdicts = torch.tensor([[1, 0, 0, 1], [2, -1, 1.5, 0], [0, 0, 0, 0], [3, 1, 3, 1], [500, -500, -500, 500], [-40, 40, 40, -40], [0.1, 0.2, -0.3, 0.4], [9, 0, 9, 0]], dtype=double).reshape(-1, 2, 2)
+    ones, twos = [[10 + i] for i in range(len(verdicts))], [[20 + i] for i in range(len(verdicts))]
+    table = {(7, 2, *a, 3, *b, 4): F.pad(logits[None], (5, 0)).expand(6, 7) for i in (0, 1) for a, b, logits in zip((ones, twos)[i], (twos, ones)[i], verdicts[:, i])}
+    prompts, responses = [[3, 4, 5], [6], [4, 2], [5, 3]], [[2, 1], [3, 0, 5, 1], [1], [0, 6, 6, 2, 4]]
+    rows = {tuple(p + r): torch.tensor(rng.normal(0, 3, (len(p + r), 8)).round(3)) for p, r in zip(prompts, responses)}
+    rows[(3, 4, 5, 2, 1)][2:] = torch.tensor([[0, 0, -900.0, 0, 800, 0, 0, 0], [0, 90.0, 0, 0, 0, 0, 0, 0], [1.0] * 8])  # far from 0
+    tokenizer, dtype = types.SimpleNamespace(eos_token_id=1, pad_token_id=0), torch.get_default_dtype()
+    with without_tokenizer(), mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+        torch.set_default_dtype(double)
+        try:
+            p_12, p_21 = osp.verdict_probabilities(GivenLogits(table), tokenizer, [[7]] * len(ones), ones, twos)
+            batch, model = osp.padded(prompts, responses, 0, "cpu"), GivenLogits(rows)
+            batch |= {"logits": model(**batch).logits, "token_logps": osp.token_logps(model, prompts, responses, 0), "logps": osp.response_logps(model, prompts, responses, 0, 2)}
+        finally:
+            torch.set_default_dtype(dtype)
+    pure = {"strength": {"logits_12": verdicts[:, 0], "logits_21": verdicts[:, 1], "p_12": p_12, "p_21": p_21, "strength": osp.both_orders(p_12, p_21)}, "pairs": []}
+    for scores in ([0.5, 0.9, 0.1, 0.7], [0.5, 0.2, 0.8], [0.5] * 4, [0.5, 0.7, 0.7, 0.2, 0.2], [0.5, 0.5, 0.5, 0.9], [0.5, 1, 0, 0, 1, 0.5, 0.3, 0.6, 0.1], [0.5, 0.5]):
+        ids = [[7, 1] if s == 0.5 else [8 + k % 2, 9][: 1 + k % 3] for k, s in enumerate(scores)]
+        (kept, dropped), scores = osp.pair_responses(torch.tensor([scores], dtype=double), [ids]), list(map(float, scores))
+        pure["pairs"].append({"scores": scores, "responses": ids, "ranked": osp.ranked_pairs(scores), "kept": [pair[1:] for pair in kept], "dropped": dropped})
+    pure["logps"] = {"prompt_ids": prompts, "response_ids": responses, "pad": 0}
+    gaps, strengths = map(torch.tensor, zip(*itertools.product([0.0, 0.25, -0.25, 7.5, -7.5, 64, -64, 5000, -5000], [0.0, 1e-6, 0.25, 0.5, 0.9, 1.0])))
+    named = dict(zip(["policy_logps_1", "policy_logps_2", "ref_logps_1", "ref_logps_2"], (gaps.double() - 30, gaps * 0 - 20.5, gaps * 0 - 31, gaps * 0 - 21.5)))
+    named = {k: v.double().requires_grad_(k.startswith("policy")) for k, v in named.items()} | {"strength": strengths.double()}
+    losses = osp.spce_loss(*named.values(), args.beta)
+    gradients = torch.autograd.grad(losses.sum(), [named["policy_logps_1"], named["policy_logps_2"]])
+    pure["spce"] = named | {"beta": args.beta, "margin": osp.implicit_margin(*list(named.values())[:4], args.beta), "loss": losses, "gradient_1": gradients[0], "gradient_2": gradients[1]}
+    holder, adamw = torch.nn.ParameterList([torch.tensor([0.5, -1.0, 2.0], dtype=double), torch.tensor([0.0, 3.0], dtype=double)]), {"parameters": [], "grad_norms": [], "learning_rates": []}
+    adamw |= {"start": [0.5, -1.0, 2.0, 0.0, 3.0], "gradients": [[3.0, -4.0, 1e-9, 0.0, 12.0], [0.1, 0.2, -0.3, 0.0, -0.05]], "max_grad_norm": args.max_grad_norm}
+    optimizer, scheduler = osp.optimizer_and_schedule(holder, 0.01, 4, args)
+    for gradient in adamw["gradients"]:
+        holder[0].grad, holder[1].grad = torch.tensor(gradient, dtype=double).split([3, 2])
+        adamw["learning_rates"].append(scheduler.get_last_lr()[0])
+        adamw["grad_norms"].append(osp.optimizer_step(holder, optimizer, scheduler, 0.0, args, ""))
+        adamw["parameters"].append(torch.cat(list(holder)).tolist())
+    pure |= {"adamw": adamw, "schedules": {"warmup": 2}}
+    for name in ("linear", "cosine", "constant", "constant_with_warmup"):
+        optimizer, scheduler = osp.optimizer_and_schedule(holder, 1.0, 20, osp.parse_arguments(["--lr_scheduler_type", name]))
+        pure["schedules"][name] = [(scheduler.get_last_lr()[0], optimizer.step(), scheduler.step())[0] for _ in range(20)]
+    return plain_values(pure), batch
+
+
+def plain_values(value):
+    """Tensors anywhere within -> lists."""
+    if isinstance(value, dict):
+        return {k: plain_values(v) for k, v in value.items()}
+    return value.tolist() if isinstance(value, torch.Tensor) else [plain_values(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def given_samples(steps: int, args) -> tuple[list, list]:
+    """Prompts, B a step, and B x K responses a step: unequal lengths, some cut off without EOS, some identical."""
+    rng, K, T = np.random.default_rng(1), args.num_generations, args.max_new_tokens
+    draw = lambda n: rng.integers(7, 32, n).tolist()
+    prompts = [draw(rng.integers(2, 6)) for _ in range(steps * args.per_device_train_batch_size)]
+    response = lambda n: draw(n) + [1] if n < T else draw(T)
+    responses = [[[response(rng.integers(0 if step else 1, T + 1)) for _ in range(K)] for _ in range(args.per_device_train_batch_size)] for step in range(steps)]
+    for step in responses:
+        step[0][1] = step[0][2] = step[0][0]  # so that one pair at least is identical
+        step[1][3], step[2][3] = step[1][2], draw(T)
+    return prompts, responses
+
+
+def step_vectors(sft, steps: int, args) -> tuple[list, dict]:
+    """Entries and tensors of steps.*: osp.train_step itself, with given responses, and watched at work."""
+    (prompts, given), tokenizer, entries, tensors, seen = given_samples(steps, args), types.SimpleNamespace(eos_token_id=1, pad_token_id=0), [], {}, {}
+    policy = copy.deepcopy(sft)
+    sft.requires_grad_(False)
+    optimizer, scheduler = osp.optimizer_and_schedule(policy, args.learning_rate, steps, args)
+
+    def watched(name, look):  # calls look(result, *arguments) after osp's own function; look(None, ...) before optimizer_step
+        real = getattr(osp, name)
+        return lambda *a: (look(None, *a), real(*a))[1] if name == "optimizer_step" else (result := real(*a), look(result, *a))[0]
+
+    def judged(module, _, kwargs, output):
+        if kwargs.get("logits_to_keep") == 1 and "past_key_values" not in kwargs:
+            seen["batches"].append({k: kwargs[k] for k in ("input_ids", "attention_mask", "position_ids")})
+            seen["logits"].update({tuple(i[m.bool()].tolist()): l[-1, [5, 6]] for i, m, l in zip(kwargs["input_ids"], kwargs["attention_mask"], output.logits)})
+
+    def saw_rows(result, model, prompt_ids, response_ids, pad):
+        seen["rows"] = osp.padded(prompt_ids, response_ids, pad, "cpu")
+        seen["policy" if model is policy else "ref"] = result.detach()
+
+    def saw_gradients(_, model, *rest):
+        seen["gradients"] = {name: p.grad.clone() for name, p in model.named_parameters()}
+
+    looks = {"token_logps": saw_rows, "optimizer_step": saw_gradients, "ranking_scores": lambda r, *_: seen.update(scores=r), "pair_responses": lambda r, *_: seen.update(pairs=r),
+             "response_logps": lambda r, model, *_: seen.update({"policy_logps" if model is policy else "ref_logps": r.detach()}),
+             "spce_loss": lambda r, *_: seen.update(losses=r.detach()), "update": lambda r, policy, o, s, pairs, *_: seen.update(step_pairs=pairs)}
+    hook = sft.register_forward_hook(judged, with_kwargs=True)
+    for step, responses in enumerate(given):
+        seen.update(batches=[], logits={})
+        patches = {name: watched(name, look) for name, look in looks.items()} | {"sample_responses": lambda *_: responses}
+        with without_tokenizer(**patches):
+            metrics = osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), step, args)
+            x = [prompts[i] for i in osp.step_indices(len(prompts), len(responses), step, args.seed)]
+            ask = lambda i, a, b: torch.stack([seen["logits"][tuple(osp.encode_questions(None, [x[i]], *osp_rows)[0])] for osp_rows in
+                                               [[osp.decode(None, [r]) for r in order] for order in ((a, b), (b, a))]])
+            rank = torch.stack([torch.stack([ask(i, r, row[0]) for r in row[1:]]) for i, row in enumerate(responses)])
+            pair = torch.stack([ask(i, responses[i][j], responses[i][k]) for i, j, k in seen["pairs"][0]])
+        entries.append({"prompt_ids": x, "responses": responses, "pairs": list(map(list, seen["pairs"][0])), "dropped": seen["pairs"][1],
+                        "metrics": {k: v for k, v in metrics.items() if not k.startswith(CLOCK)}})
+        pairs, policy_logps = seen["step_pairs"], seen["policy_logps"].chunk(2)
+        found = {"rank_logits": rank, "scores": seen["scores"], "pair_logits": pair, "strength": pairs.strength, "ref_chosen_logps": pairs.ref_chosen_logps,
+                 "ref_rejected_logps": pairs.ref_rejected_logps, "policy_chosen_logps": policy_logps[0], "policy_rejected_logps": policy_logps[1],
+                 "margin": osp.implicit_margin(*policy_logps, pairs.ref_chosen_logps, pairs.ref_rejected_logps, args.beta), "losses": seen["losses"],
+                 "rows.ref_token_logps": seen["ref"], "rows.policy_token_logps": seen["policy"]}
+        found |= {f"rows.{k}": v for k, v in seen["rows"].items()} | {f"judge.{i}.{k}": v for i, batch in enumerate(seen["batches"]) for k, v in batch.items()}
+        found |= {f"gradient.{k}": v for k, v in seen["gradients"].items()} | {f"after.{k}": v.detach().clone() for k, v in policy.named_parameters()}
+        tensors |= {f"{step + 1}.{name}": tensor for name, tensor in found.items()}
+    hook.remove()
+    return entries, tensors
+
+
+def vector_model():
+    """A Llama of 4,944 parameters, and all of its configuration that a port needs."""
+    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-6,
+                 tie_word_embeddings=True, hidden_act="silu", attention_bias=False, mlp_bias=False, max_position_embeddings=64)
+    rng = np.random.default_rng(2)
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(rope_parameters={"rope_type": "default", "rope_theta": 10000.0}, bos_token_id=None, eos_token_id=1, pad_token_id=0, **shape))
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            weight.copy_(torch.from_numpy(rng.normal(1.0 if "norm" in name else 0.0, 0.1 if "norm" in name else 0.4, weight.shape)))
+    return model.eval(), shape | {"rope_theta": 10000.0}
+
+
+def write_vectors(folder: Path) -> dict:
+    """Fills the folder with VECTORS_README and all that it explains; returns a few figures of each array, as in GOLDEN."""
+    folder.mkdir(parents=True, exist_ok=True)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # with two threads the last digits differ
+    args = osp.parse_arguments([word for k, v in VECTOR_ARGUMENTS.items() for word in (f"--{k}", str(v))])
+    (pure, batch), (sft, config) = pure_vectors(args), vector_model()
+    weights = {k: v.detach().clone() for k, v in sft.named_parameters()}
+    entries, tensors = step_vectors(sft, 5, args)
+    torch.set_num_threads(threads)
+    for name, value in (("pure", pure), ("model", config), ("steps", {"arguments": VECTOR_ARGUMENTS, "steps": entries})):
+        (folder / f"{name}.json").write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
+    for name, arrays in (("logps", batch), ("weights", weights), ("steps", tensors)):
+        safetensors.torch.save_file({k: v.contiguous() for k, v in arrays.items()}, folder / f"{name}.safetensors")
+    (folder / "README.md").write_text(VECTORS_README)
+    exact, close = [pure["pairs"], pure["logps"]], {f"strength.{k}": v for k, v in pure["strength"].items()} | {f"logps.{k}": batch[k] for k in ("token_logps", "logps")}
+    close |= {f"spce.{k}": pure["spce"][k] for k in ("margin", "loss", "gradient_1", "gradient_2")} | {f"adamw.{k}": pure["adamw"][k] for k in ("parameters", "grad_norms", "learning_rates")}
+    close |= {f"schedules.{k}": v for k, v in pure["schedules"].items() if k != "warmup"}
+    exact += [VECTOR_ARGUMENTS, config, VECTORS_README, [{k: v for k, v in entry.items() if k != "metrics"} for entry in entries]]
+    exact += [[k, list(v.shape), str(v.dtype), v.tolist() if v.dtype == torch.int64 else 0] for k, v in {**batch, **tensors}.items()]
+    model = {"weights": torch.cat([w.flatten() for w in weights.values()])}
+    model |= {f"{step}.{k}": tensors[f"{step}.{k}"] for step in range(1, 6) for k in ("rank_logits", "scores", "strength", "ref_chosen_logps", "policy_rejected_logps", "losses")}
+    for step, entry in enumerate(entries, 1):
+        model |= {f"{step}.metrics": [v for k, v in entry["metrics"].items() if k != "margin_accuracy" or step > 1], f"{step}.gradient": torch.cat([tensors[f"{step}.gradient.{k}"].flatten() for k in weights])}
+        model[f"{step}.change"] = torch.cat([(tensors[f"{step}.after.{k}"] - w).flatten() for k, w in weights.items()])
+    few = lambda values: (lambda x: [float(f"{f:.12g}") for f in ((x**2).sum() ** 0.5, x.sum(), x @ np.cos(np.arange(len(x))))])(np.array(torch.as_tensor(values).tolist(), dtype=np.float64).ravel())
+    return {"exact": hashlib.sha256(json.dumps(exact).encode()).hexdigest()[:20], "pure": {k: few(v) for k, v in close.items()}, "model": {k: few(v) for k, v in model.items()}}
+
+
+GOLDEN = json.loads("""
+{"exact": "43b3ad9f936b220a0799", "pure": {"strength.logits_12": [709.434316903, 15.3000000045, 422.843624778],
+"strength.logits_21": [709.432519694, 15.599999994, -411.664050471], "strength.p_12": [2.16634385569, 5.53932726383,
+0.721947170377], "strength.p_21": [1.96886101058, 4.79900187254, 0.986690562548], "strength.strength": [1.71266873726,
+4.37016272545, 0.60675537228], "logps.token_logps": [1700.12200924, -1754.86507119, -1708.02041326], "logps.logps":
+[1700.47041891, -1754.86507119, -1675.29117744], "spce.margin": [8660.97320961, 0.0, -78.7582909064], "spce.loss":
+[5559.80042843, 15227.2791368, 1691.44067636], "spce.gradient_1": [2.09133846046, 1.57499560645, 5.47283007587],
+"spce.gradient_2": [2.09133846046, -1.57499560645, -5.47283007587], "adamw.parameters": [5.32019704084, 8.97486945987,
+-4.85197985283], "adamw.grad_norms": [13.0054796141, 13.3774917126, 13.2039596427], "adamw.learning_rates": [0.0124999997206,
+0.0174999996088, 0.0140522669799], "schedules.linear": [2.59985754646, 10.000000041, -0.81995616258], "schedules.cosine":
+[2.73861278829, 9.99999999395, -0.798651970059], "schedules.constant": [4.472135955, 20.0, 1.13152650512],
+"schedules.constant_with_warmup": [4.27200187266, 18.5, -0.138624647814]}, "model": {"weights": [29.342, 76.0984, 15.0981],
+"1.rank_logits": [13.2789, -56.2801, 1.45192], "1.scores": [1.80457, 6.23626, -0.304919], "1.strength": [1.13352, 2.25034,
+0.0145742], "1.ref_chosen_logps": [46.9698, -92.0362, -9.69399], "1.policy_rejected_logps": [50.8836, -98.0598, 17.3758],
+"1.losses": [1.38629, 2.77259, 0.0929947], "2.rank_logits": [9.32522, -49.9895, 0.716244], "2.scores": [1.88809, 6.48372,
+-0.197303], "2.strength": [1.22923, 2.43872, 0.139758], "2.ref_chosen_logps": [43.0926, -74.2443, 4.08372],
+"2.policy_rejected_logps": [52.747, -105.437, -4.74903], "2.losses": [1.40301, 2.80565, 0.110936], "3.rank_logits": [8.26474,
+-17.0773, -2.62643], "3.scores": [1.82036, 6.25171, -0.247956], "3.strength": [1.02608, 1.74943, 0.755361],
+"3.ref_chosen_logps": [34.783, -55.5788, -14.6789], "3.policy_rejected_logps": [37.2405, -55.763, -9.51562], "3.losses":
+[1.24478, 2.15406, 0.803938], "4.rank_logits": [8.37474, -8.74957, 1.59479], "4.scores": [1.76489, 6.04015, -0.330313],
+"4.strength": [1.15682, 2.49378, -0.46847], "4.ref_chosen_logps": [32.8112, -60.0787, 13.2462], "4.policy_rejected_logps":
+[40.9048, -86.4845, 14.6531], "4.losses": [1.58308, 3.53825, -0.404821], "5.rank_logits": [7.02135, -22.9289, -3.53409],
+"5.scores": [1.62424, 5.52, -0.478747], "5.strength": [1.41516, 3.14667, -0.202155], "5.ref_chosen_logps": [56.6467, -121.678,
+-9.36953], "5.policy_rejected_logps": [52.3251, -98.7979, 21.0655], "5.losses": [1.63681, 3.6499, -0.181665], "1.metrics":
+[7.69964, 17.6262, -0.166995], "1.gradient": [3.04882, -1.29033, 0.585541], "1.change": [0.21093, -0.209625, 0.067502],
+"2.metrics": [8.6198, 20.382, 1.91155], "2.gradient": [4.28367, 2.374, 3.22545], "2.change": [0.295589, -0.226153, 0.0538262],
+"3.metrics": [7.27489, 18.9134, 3.66764], "3.gradient": [3.4398, 3.70136, 4.63402], "3.change": [0.342493, -0.263379,
+0.0138365], "4.metrics": [7.66086, 18.1056, 4.73367], "4.gradient": [1.93891, -1.21161, -0.405314], "4.change": [0.364891,
+-0.313139, 0.00964305], "5.metrics": [9.39732, 21.4567, 5.90665], "5.gradient": [3.41406, 1.08713, 2.91209], "5.change":
+[0.37298, -0.348957, 0.00782813]}}""")
+
+
+def test_vectors(tmp_path):
+    """The numbers that ports are checked with are those of yesterday, and cover what VECTORS_README promises."""
+    found = write_vectors(tmp_path)
+    assert (
+        found["exact"] == GOLDEN["exact"]
+        and found["pure"].keys() == GOLDEN["pure"].keys()
+        and found["model"].keys() == GOLDEN["model"].keys()
+    )
+    for part, tolerance in (("pure", 1e-9), ("model", 1e-4)):
+        for name, numbers in GOLDEN[part].items():
+            assert found[part][name] == pytest.approx(numbers, rel=tolerance, abs=tolerance), name
+
+
 # --------------------------------------------------------------------------------------------- make bench: fixed work
 def bench_step(K: int, bf16: bool, threads: int, steps: int = 2) -> dict:
     """Seconds a step by stage, and what the arithmetic alone would take, for the fixed work: a random Llama of 5.3M
@@ -622,7 +914,9 @@ def bench():
 
 
 if __name__ == "__main__":
-    if len(sys.argv) == 4:
+    if sys.argv[1:2] == ["vectors"]:
+        write_vectors(Path(sys.argv[2]))
+    elif len(sys.argv) == 4:
         print(json.dumps(bench_step(int(sys.argv[1]), bool(int(sys.argv[2])), int(sys.argv[3]))))
     else:
         bench()
