@@ -498,8 +498,18 @@ def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
     return ids[: end + 1]
 
 
+def bf16_copy(model):
+    """A frozen copy in bf16, made without one in fp32; buffers, such as rotary frequencies, keep their precision.
+
+    Decoding reads every weight for every token, and autocast would cast them anew each time."""
+    cast = lambda parameter: torch.nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
+    return copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
+
+
 def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
-    """`sample`, a few prompts at a time."""
+    """`sample`, a few prompts at a time; with --bf16 from a bf16 copy of the policy as it stands."""
+    if args.bf16 and next(model.parameters()).dtype == torch.float32:
+        model = bf16_copy(model)
     stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
     size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
     parts = zip(chunks(prompt_ids, size), noise.split(size))
@@ -614,7 +624,7 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int)
     """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end.
 
     Logits are made at the response's positions only. A prompt that several rows share is computed once: its keys and
-    values serve all of them and carry their gradients back (a third less time at K = 8). Not so with gradient
+    values serve all of them and carry their gradients back. Not so with gradient
     checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
     prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
@@ -950,7 +960,7 @@ def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: i
     rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
     prompts, pad, size = [data.prompts[i] for i in rows], pad_token_id(tokenizer), args.micro_batch_size
     prompt_ids = encode_prompts(tokenizer, prompts)
-    with timed(seconds, "sample"), precision(policy, args):
+    with timed(seconds, "sample"):
         noise = sampling_noise(args.seed, step, rows, range(args.num_generations), args.max_new_tokens)
         responses = sample_responses(policy, tokenizer, prompt_ids, noise, args)
         texts = [decode(tokenizer, row) for row in responses]
@@ -1005,7 +1015,7 @@ def main(argv: list[str] | None = None) -> dict:
         if args.sft and "chosen" in data.train.column_names:
             sft, cached = cached_sft(sft, tokenizer, data.train, inputs, args)
     policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
-    freeze(sft, args)  # pi_SFT: the judge and the reference, in one copy
+    sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
@@ -1035,12 +1045,6 @@ def main(argv: list[str] | None = None) -> dict:
     write_json(output / "summary.json", summary)
     print_report(summary, samples, output)
     return summary
-
-
-def freeze(model, args: Arguments) -> None:
-    """No gradients; with --bf16 the weights become bf16, but not the buffers: rotary frequencies need their precision."""
-    for parameter in model.requires_grad_(False).eval().parameters():
-        parameter.data = parameter.data.to(torch.bfloat16 if args.bf16 else torch.float32)
 
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
@@ -1306,3 +1310,5 @@ if __name__ == "__main__":
     except Stop as stop:
         print(f"osp: {stop}", file=sys.stderr)
         sys.exit(stop.code)
+    except KeyboardInterrupt:
+        sys.exit("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
