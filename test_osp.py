@@ -174,6 +174,20 @@ def test_gradient_does_not_depend_on_micro_batches():
         assert torch.allclose(gradient, gradients[0], atol=1e-4 * gradients[0].abs().max().item())
 
 
+def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
+    epochs = [sum((osp.step_indices(10, 4, step, 0) for step in range(3 * e, 3 * e + 3)), []) for e in range(3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs) and epochs[0] != epochs[1] != epochs[2]
+    assert osp.step_indices(10, 4, 5, 0) == epochs[1][8:] and osp.step_indices(10, 4, 0, 1) != osp.step_indices(10, 4, 0, 0)
+
+
+def test_gradients_are_clipped_to_their_norm_and_forgotten():
+    layer, args = torch.nn.Linear(2, 1, bias=False), osp.parse_arguments(["--max_grad_norm", "1"])
+    optimizer = torch.optim.SGD(layer.parameters(), lr=1.0)
+    before, layer.weight.grad = layer.weight.detach().clone(), torch.tensor([[3.0, 4.0]])
+    assert osp.optimizer_step(layer, optimizer, transformers.get_scheduler("constant", optimizer), 0.0, args, "") == 5.0
+    assert torch.allclose(before - layer.weight, torch.tensor([[0.6, 0.8]]), atol=1e-5) and layer.weight.grad is None
+
+
 def test_gradient_checkpointing_changes_no_gradient():
     prompts, responses = random_rows(6)
     gradients = []
@@ -414,7 +428,7 @@ def test_same_seed_same_figures_and_a_resumed_run_equals_one_left_alone(tmp_path
     real_step = osp.train_step
 
     def interrupted(*args):
-        if args[-2] == 4:
+        if args[-2] == 5:  # a step after the checkpoint, whose line of metrics.jsonl is done again
             raise KeyboardInterrupt
         return real_step(*args)
 
