@@ -77,7 +77,7 @@ class Arguments:
     overwrite_output_dir: bool = HfArg(default=False, help="replace the run that output_dir holds")
     resume_from_checkpoint: str | None = HfArg(default=None, help="a checkpoint folder, or latest")
     seed: int = HfArg(default=0, help="the only source of randomness")
-    bf16: bool = HfArg(default=False, help="bf16 autocast for the policy, a bf16 copy as judge and reference")
+    bf16: bool = HfArg(default=False, help="bf16 autocast for the update, bf16 copies for all else")
     gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
     micro_batch_size: int = HfArg(default=8, help="sequences a forward pass")
     sft: bool = HfArg(default=True, help="fine-tune on the chosen responses and on judging first")
@@ -238,7 +238,7 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
     by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
     wanted = max(by_sft, 4 * args.num_train_prompts)
     train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]))
-    prompts = list({prompt_key(p): p for p in train["prompt"]}.values())[: args.num_train_prompts]
+    prompts = distinct_prompts(train, args.num_train_prompts)
     if name is not None:
         return Data(train, prompts, held_out, None, None)
     ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain")
@@ -248,6 +248,11 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
 def prompt_key(prompt: Prompt) -> str:
     """What makes two prompts the same."""
     return prompt if isinstance(prompt, str) else transcript(prompt)
+
+
+def distinct_prompts(rows: datasets.Dataset, most: int) -> list[Prompt]:
+    """The prompts of these rows, each once, in their order, and no more than `most`."""
+    return list({prompt_key(p): p for p in rows["prompt"]}.values())[:most]
 
 
 def fitting_rows(tokenizer, model, args: Arguments, rows: datasets.Dataset, wanted: int, name: str,
@@ -624,8 +629,7 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int)
     """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end.
 
     Logits are made at the response's positions only. A prompt that several rows share is computed once: its keys and
-    values serve all of them and carry their gradients back. Not so with gradient
-    checkpointing, which keeps no cache."""
+    values serve all of them and carry their gradients back. Not so with gradient checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
     prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
     if len(prompts) == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
@@ -732,7 +736,7 @@ def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge,
 
     win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
     strength by `judge`, a (model, tokenizer). kl: nats, mean over the policy's responses of log pi_theta - log pi_SFT."""
-    prompts = list({prompt_key(p): p for p in rows["prompt"]}.values())[: args.num_eval_prompts]
+    prompts = distinct_prompts(rows, args.num_eval_prompts)
     ids, pad, size = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer), args.micro_batch_size
     noise = sampling_noise(args.seed, EVALUATION, range(len(prompts)), (0, 1), args.max_new_tokens)
     drawn = [sample_responses(model, tokenizer, ids, u, args) for model, u in zip((sft, policy), noise.split(1, dim=1))]
@@ -999,14 +1003,13 @@ def main(argv: list[str] | None = None) -> dict:
 
     sft, tokenizer = load_model(args.model_name_or_path, args)
     other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
-    for asked in (tokenizer, *([other_judge[1]] if other_judge else [])):
-        verdict_format(asked)
+    for model, words in filter(None, [(sft, tokenizer), other_judge]):
+        verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(tokenizer, sft, other_judge, args)
     if checkpoint is None:
         clear_output(output)
     write_json(output / "arguments.json", vars(args))
-    for model in (sft, *([other_judge[0]] if other_judge else [])):
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
 
     seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
     if args.gradient_checkpointing:
