@@ -476,12 +476,8 @@ def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float
     token is the inverse of the distribution function at its noise. A prompt is computed once for all its K responses."""
     model.eval()
     (B, K, T), device = noise.shape, model.device
-    inputs = padded(prompt_ids, [[]] * B, pad, device)
-    cache = transformers.DynamicCache(config=model.config)
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits.repeat_interleave(K, 0)
-    cache.batch_repeat_interleave(K)
-    mask = F.pad(inputs["attention_mask"].repeat_interleave(K, 0), (0, T), value=1)
-    positions = inputs["position_ids"][:, -1:].repeat_interleave(K, 0)
+    cache, logits, mask = prefill(model, [ids for ids in prompt_ids for _ in range(K)], pad)
+    positions, mask = mask.sum(-1, keepdim=True) - 1, F.pad(mask, (0, T), value=1)
     noise, stops = noise.reshape(B * K, T).to(device), torch.tensor(stop_ids, device=device)
     done, tokens = torch.zeros(B * K, dtype=torch.bool, device=device), []
     for t in range(T):
@@ -567,14 +563,43 @@ def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: 
     questions = encode_questions(tokenizer, list(prompts) * 2, ones + twos, twos + ones, context_length(judge))
     questions = list(map(tuple, questions))
     judge.eval()
-    for rows in chunks(sorted(set(questions) - asked.keys(), key=lambda ids: (len(ids), ids)), micro_batch_size):
-        inputs = padded(list(map(list, rows)), [[]] * len(rows), pad_token_id(tokenizer), judge.device)
-        logits = judge(**inputs, logits_to_keep=1, use_cache=False).logits[:, -1, verdicts]
-        asked.update(zip(rows, logits.float().softmax(-1)[:, 0].tolist()))
+    for rows in chunks(shared_heads(set(questions) - asked.keys()), micro_batch_size):
+        logits = last_logits(judge, rows, pad_token_id(tokenizer))[:, verdicts]
+        asked.update(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
     first = torch.tensor([asked[ids] for ids in questions])
     if not first.isfinite().all():
         raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
     return first[: len(ones)], first[len(ones) :]
+
+
+def last_logits(model, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> torch.Tensor:
+    """N sequences as (head, tail) -> the logits (N, V) after each one's last token; equal heads are computed once."""
+    cache, _, mask = prefill(model, [list(head) for head, _ in rows], pad)
+    tails = padded([list(tail) for _, tail in rows], [[]] * len(rows), pad, model.device)
+    mask = torch.cat([mask, tails["attention_mask"]], 1)
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tails["input_ids"].shape[1] :]
+    return model(input_ids=tails["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache,
+                 use_cache=True, logits_to_keep=1).logits[:, -1]
+
+
+def shared_heads(questions: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """Distinct questions as ids -> each as (head, tail), where equal heads are side by side, to be computed once.
+
+    Neighbours in sorted order form the groups, of 64 at most, that leave the fewest tokens to compute: n questions
+    that share c tokens save (n - 1) c. Those against the baseline as A share all up to B, the others their prompt."""
+    rows, best = sorted(questions), [(0, 0, 0)]  # best[j]: tokens saved in rows[:j], the last group's start and c
+    common = [len(os.path.commonprefix([one[:-1], two[:-1]])) for one, two in zip(rows, rows[1:])]
+    for j, row in enumerate(rows):
+        c, options = len(row) - 1, []
+        for i in range(j, max(-1, j - 64), -1):
+            c = min(c, common[i]) if i < j else c
+            options.append((best[i][0] + (j - i) * c, i, c))
+        best.append(max(options))
+    split, j = [], len(rows)
+    while j:
+        _, i, c = best[j]
+        split, j = split + [(ids[:c], ids[c:]) for ids in rows[i:j]], i
+    return sorted(split, key=lambda row: (len(row[0]), row[0], len(row[1])))
 
 
 def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
@@ -625,21 +650,29 @@ def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> 
     return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
 
 
+def prefill(model, prompt_ids: list[Ids], pad: int) -> tuple[transformers.Cache, torch.Tensor, torch.Tensor]:
+    """N prompts -> their keys and values, the logits (N, 1, V) that follow, the mask (N, T). Equal prompts are computed once,
+    and the gradients of all that continue them go back through the one."""
+    distinct = {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
+    inputs = padded(list(map(list, distinct)), [[]] * len(distinct), pad, model.device)
+    cache = transformers.DynamicCache(config=model.config)
+    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
+    rows = torch.tensor([distinct[tuple(ids)] for ids in prompt_ids], device=model.device)
+    cache.batch_select_indices(rows)
+    return cache, logits[rows], inputs["attention_mask"][rows]
+
+
 def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int) -> torch.Tensor:
     """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end.
 
     Logits are made at the response's positions only. A prompt that several rows share is computed once: its keys and
     values serve all of them and carry their gradients back. Not so with gradient checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
-    prompts = list(dict.fromkeys(map(tuple, prompt_ids)))
-    if len(prompts) == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
+    distinct = len(set(map(tuple, prompt_ids)))
+    if distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
         logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
     else:
-        rows = torch.tensor([prompts.index(tuple(ids)) for ids in prompt_ids], device=model.device)
-        cache = transformers.DynamicCache(config=model.config)
-        shared = padded(list(map(list, prompts)), [[]] * len(prompts), pad, model.device)
-        first = model(**shared, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[rows]
-        cache.batch_select_indices(rows)
+        cache, first, _ = prefill(model, prompt_ids, pad)
         rest = model(input_ids=inputs["input_ids"][:, -T:-1], attention_mask=inputs["attention_mask"][:, :-1],
                      position_ids=inputs["position_ids"][:, -T:-1], past_key_values=cache, use_cache=True).logits
         logits = torch.cat([first, rest], 1)

@@ -236,10 +236,11 @@ def test_strength_complement_identity_and_both_orders(name):
     assert osp.both_orders(torch.tensor([0.9]), torch.tensor([0.3])).item() == pytest.approx(0.8)
 
 
-def test_ranking_asks_o_of_k_questions_and_none_twice():
+def test_ranking_asks_o_of_k_questions_and_none_twice(monkeypatch):
     tokenizer, calls = TOKENIZERS["byte-level"], []
     judge = rotary(len(tokenizer))
-    judge.register_forward_pre_hook(lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True)
+    real = osp.last_logits
+    monkeypatch.setattr(osp, "last_logits", lambda model, rows, pad: calls.append(len(rows)) or real(model, rows, pad))
     texts, asked = [["rain", "the cat", "mat", "gentle"]], {}
     scores = osp.ranking_scores(judge, tokenizer, ["hi"], texts, asked)
     assert scores[0, 0] == 0.5 and sum(calls) == 2 * (4 - 1)
@@ -248,6 +249,23 @@ def test_ranking_asks_o_of_k_questions_and_none_twice():
     calls.clear()
     osp.preference_strength(judge, tokenizer, ["hi", "hi"], ["rain", "the cat"], ["mat", "gentle"], asked)
     assert sum(calls) == 2  # rain against mat was asked while ranking
+
+
+@pytest.mark.parametrize("model", [rotary(), absolute()], ids=["rotary", "absolute"])
+@given(st.lists(st.lists(st.integers(2, 4), min_size=2, max_size=9).map(tuple), min_size=1, max_size=12, unique=True))
+@settings(max_examples=30, deadline=None)
+def test_questions_that_share_their_head_get_the_answers_they_get_alone(model, questions):
+    rows = osp.shared_heads(questions)
+    assert sorted(head + tail for head, tail in rows) == sorted(questions) and all(head and tail for head, tail in rows if len(head + tail) > 1)
+    with torch.no_grad():
+        shared = osp.last_logits(model, rows, 0)
+        alone = torch.cat([model(input_ids=torch.tensor([head + tail])).logits[:, -1] for head, tail in rows])
+    assert torch.allclose(shared, alone, atol=2e-4)
+
+
+def test_heads_leave_the_fewest_tokens_to_compute():
+    rows = [(1, 2, 3, 4, 9), (1, 2, 3, 5, 9), (1, 2, 3, 6, 9), (1, 7, 7, 9), (1, 7, 8, 9)]
+    assert [len(head) for head, _ in osp.shared_heads(rows)] == [2, 2, 3, 3, 3]  # 2 + 4 + 3 + 6 of 23 tokens
 
 
 def test_expected_calibration_error_by_hand():
@@ -685,8 +703,11 @@ class GivenLogits:
 
 def without_tokenizer(**more):
     """osp.py with ids in the place of texts; the judge's question is that of VECTORS_README. A context manager."""
+    whole = lambda questions: [((), ids) for ids in sorted(questions, key=lambda ids: (len(ids), ids))]  # one padded batch a pass, nothing shared
+    plain = lambda model, rows, pad: model(**osp.padded([list(ids) for _, ids in rows], [[]] * len(rows), pad, model.device), logits_to_keep=1).logits[:, -1]
     question = lambda tokenizer, prompts, ones, twos, limit=None: [x + [2] + a + [3] + b + [4] for x, a, b in zip(prompts, ones, twos)]
     return mock.patch.multiple(osp, encode_questions=question, verdict_format=lambda tokenizer: ("", 5, 6), encode_prompts=lambda tokenizer, prompts: prompts,
+                               shared_heads=whole, last_logits=plain,
                                decode=lambda tokenizer, rows: [[i for i in row if i != 1] for row in rows], **more)
 
 
