@@ -35,7 +35,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import datasets
 import jinja2
@@ -88,6 +88,15 @@ class Arguments:
     num_generations: int = HfArg(default=8, help="K, the responses sampled for each prompt")
     max_new_tokens: int = HfArg(default=128, help="longest response, in tokens")
     temperature: float = HfArg(default=1.0, help="of sampling; 1 is on-policy")
+    response_source: Literal["policy", "sft", "dataset"] = HfArg(
+        default="policy", help="sample from the policy; from pi_SFT, once; or take the data's own pairs (offline)")
+    pair_construction: Literal["ranked", "random", "best_worst", "adjacent"] = HfArg(
+        default="ranked", help="best with worst and so on inwards; any two; best with worst alone; neighbours in rank")
+    judge_both_orders: bool = HfArg(default=True, help="ask the judge in both orders; False: once, the first as A")
+    labels: Literal["strength", "drawn", "data"] = HfArg(
+        default="strength", help="the judge's strength; 0 or 1 drawn from it; the data's own labels")
+    label_noise: float = HfArg(default=0.0, help="share of verdicts that noise turns round, 0 to 1/2")
+    loss_type: Literal["spce", "dpo", "ipo"] = HfArg(default="spce", help="dpo and ipo round the strengths to 0 or 1")
     beta: float = HfArg(default=0.1, help="scale of the implicit reward")
     num_train_prompts: int = HfArg(default=200, help="distinct prompts that OSP trains on")
     num_train_epochs: int = HfArg(default=3, help="passes over these prompts")
@@ -98,13 +107,14 @@ class Arguments:
     warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
     save_steps: int = HfArg(default=100, help="OSP steps between checkpoints")
+    eval_steps: int = HfArg(default=50, help="OSP steps between evaluations")
     num_eval_prompts: int = HfArg(default=256, help="held-out prompts, one sampled response each")
     num_eval_pairs: int = HfArg(default=512, help="held-out pairs that the judge is measured on")
     eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the final win rate")
 
 
 BUILTIN = dict(max_new_tokens=16, micro_batch_size=96, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=800,
-               learning_rate=1e-3, num_train_epochs=9)
+               learning_rate=1e-3, num_train_epochs=9, eval_steps=13)
 
 
 def parse_arguments(argv: list[str] | None) -> Arguments:
@@ -120,10 +130,14 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     if args.num_generations < 2:
         raise Stop(f"--num_generations is {args.num_generations}: a pair needs at least 2 responses to a prompt.")
     for field in dataclasses.fields(args):
-        least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0}.get(field.name, 1e-12)
+        least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "label_noise": 0}.get(field.name, 1e-12)
         value = getattr(args, field.name)
         if field.type in (int, float) and not least <= value < 2**32:
             raise Stop(f"--{field.name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}, below 2**32.")
+    if args.label_noise > 0.5:
+        raise Stop(f"--label_noise is {args.label_noise}: above 1/2 the labels would say the opposite.")
+    if args.labels == "data" and args.response_source != "dataset":
+        raise Stop("--labels data needs --response_source dataset: sampled responses have no labels.")
     schedules = ("linear", "cosine", "constant", "constant_with_warmup")
     if args.lr_scheduler_type not in schedules:
         raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be one of {', '.join(schedules)}.")
@@ -216,6 +230,7 @@ class Data(NamedTuple):
     held_out: datasets.Dataset
     ood: datasets.Dataset | None  # out-of-domain rows; only the built-in task has them
     gold: Callable[[str, str], float] | None  # a response's true reward; only the built-in task has one
+    pairs: dict[str, list[tuple[str, str]]] = {}  # prompt -> its (chosen, rejected), for --response_source dataset
 
 
 def load_data(tokenizer, model, judge, args: Arguments) -> Data:
@@ -238,11 +253,17 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
     by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
     wanted = max(by_sft, 4 * args.num_train_prompts)
     train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]))
-    prompts = distinct_prompts(train, args.num_train_prompts)
+    prompts, pairs = distinct_prompts(train, args.num_train_prompts), {}
+    if args.response_source == "dataset":
+        if "chosen" not in train.column_names:
+            raise Stop("--response_source dataset needs data with chosen and rejected responses.")
+        pairs = {prompt_key(prompt): [] for prompt in prompts}
+        for row in filter(lambda row: prompt_key(row["prompt"]) in pairs, train):
+            pairs[prompt_key(row["prompt"])].append((row["chosen"], row["rejected"]))
     if name is not None:
-        return Data(train, prompts, held_out, None, None)
+        return Data(train, prompts, held_out, None, None, pairs)
     ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain")
-    return Data(train, prompts, held_out, ood, gold_reward)
+    return Data(train, prompts, held_out, ood, gold_reward, pairs)
 
 
 def prompt_key(prompt: Prompt) -> str:
@@ -517,33 +538,66 @@ def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tenso
     return [rows for ids, u in parts for rows in sample(model, ids, u, args.temperature, stops, pad)]
 
 
+def candidates(policy, sft, tokenizer, prompts: list[Prompt], prompt_ids: list[Ids], noise: torch.Tensor, data: Data,
+               args: Arguments) -> list[list[Ids]]:
+    """Where candidates come from: B lists of K responses, or of the data's chosen and rejected ones in turn."""
+    if args.response_source != "dataset":
+        return sample_responses(policy if args.response_source == "policy" else sft, tokenizer, prompt_ids, noise, args)
+    pairs = [data.pairs[prompt_key(prompt)][: args.num_generations // 2] for prompt in prompts]
+    return [encode_responses(tokenizer, [prompt] * 2 * len(rows), [text for row in rows for text in row], args.max_new_tokens)
+            for prompt, rows in zip(prompts, pairs)]
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # 6. Rank against one baseline, and pair
 # ----------------------------------------------------------------------------------------------------------------------
 def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict,
-                   micro_batch_size: int = 8) -> torch.Tensor:
+                   micro_batch_size: int = 8, both: bool = True) -> torch.Tensor:
     """B prompts with K texts each -> (B, K) scores: the strength of each against the first, whose own score is 1/2.
 
     O(K) questions instead of O(K^2). Source: the surveys' account of OSP's ranked pairing. The first candidate as the
     baseline is reconstruction: being on-policy, it keeps the comparisons informative as the policy improves."""
     B, K = len(texts), len(texts[0])
     rows = [(prompt, text, row[0]) for prompt, row in zip(prompts, texts) for text in row[1:]]
-    strengths = preference_strength(judge, tokenizer, *map(list, zip(*rows)), asked, micro_batch_size)
+    strengths = preference_strength(judge, tokenizer, *map(list, zip(*rows)), asked, micro_batch_size, both)
     return torch.cat([torch.full((B, 1), 0.5), strengths.reshape(B, K - 1)], 1)
 
 
-def ranked_pairs(scores) -> list[tuple[int, int]]:
+def candidate_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], noise: torch.Tensor, asked: dict,
+                     args: Arguments) -> list[list[float]]:
+    """What the pairs are made by: ranking_scores, as lists; for random pairs the uniform noise (B, K); for the data's own
+    pairs numbers that fall from one to the next, so that neighbours are paired."""
+    if args.response_source == "dataset":
+        return [list(range(len(row), 0, -1)) for row in texts]
+    if args.pair_construction == "random":
+        return noise.tolist()
+    return ranking_scores(judge, tokenizer, prompts, texts, asked, args.micro_batch_size, args.judge_both_orders).tolist()
+
+
+def pair_construction(args: Arguments) -> str:
+    """How `ranked_pairs` reads these scores."""
+    if args.response_source == "dataset":
+        return "adjacent"
+    return "ranked" if args.pair_construction == "random" else args.pair_construction
+
+
+def ranked_pairs(scores, construction: str = "ranked") -> list[tuple[int, int]]:
     """K scores of one prompt's responses -> K//2 pairs of indices (better, worse): best with worst, then inwards.
 
     [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order. Reconstruction: one
-    prompt then yields pairs from a landslide to a near tie, which is the point of modelling strength."""
+    prompt then yields pairs from a landslide to a near tie, which is the point of modelling strength.
+    For comparison: best_worst keeps (1, 2) alone; adjacent gives (1, 3), (0, 2)."""
     order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
-    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
+    if construction == "adjacent":
+        return list(zip(order[::2], order[1::2]))
+    pairs = [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
+    return pairs[:1] if construction == "best_worst" else pairs
 
 
-def pair_responses(scores: torch.Tensor, responses: list[list[Ids]]) -> tuple[list[tuple[int, int, int]], int]:
+def pair_responses(scores: Sequence, responses: list[list[Ids]],
+                   construction: str = "ranked") -> tuple[list[tuple[int, int, int]], int]:
     """(B, K) scores and responses -> P triples (prompt, better, worse), and how many identical pairs were dropped."""
-    pairs = [(i, j, k) for i, row in enumerate(scores.tolist()) for j, k in ranked_pairs(row)]
+    pairs = [(i, j, k) for i, row in enumerate(scores) for j, k in ranked_pairs(row, construction)]
     kept = [(i, j, k) for i, j, k in pairs if responses[i][j] != responses[i][k]]
     return kept, len(pairs) - len(kept)
 
@@ -553,15 +607,17 @@ def pair_responses(scores: torch.Tensor, responses: list[list[Ids]]) -> tuple[li
 # ----------------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
-                          asked: dict | None = None, micro_batch_size: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+                          asked: dict | None = None, micro_batch_size: int = 8,
+                          both: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
     """P pairs of texts -> P("A") with response 1 shown as A, and P("A") with response 2 shown as A: (P,) each, in [0, 1].
+    With `both` False only the first is asked, and the second is what a judge without position bias would say.
 
     P("A") is the softmax over the logits of the two verdict tokens after the question. `asked` maps a question's ids to
     its answer: what stands there is not asked again, and what is asked is added. Equal questions are asked once."""
     asked, verdicts = {} if asked is None else asked, list(verdict_format(tokenizer)[1:])
     ones, twos = list(responses_1), list(responses_2)
-    questions = encode_questions(tokenizer, list(prompts) * 2, ones + twos, twos + ones, context_length(judge))
-    questions = list(map(tuple, questions))
+    columns = (list(prompts) * 2, ones + twos, twos + ones) if both else (list(prompts), ones, twos)
+    questions = list(map(tuple, encode_questions(tokenizer, *columns, context_length(judge))))
     judge.eval()
     for rows in chunks(shared_heads(set(questions) - asked.keys()), micro_batch_size):
         logits = last_logits(judge, rows, pad_token_id(tokenizer))[:, verdicts]
@@ -569,7 +625,7 @@ def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: 
     first = torch.tensor([asked[ids] for ids in questions])
     if not first.isfinite().all():
         raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
-    return first[: len(ones)], first[len(ones) :]
+    return first[: len(ones)], first[len(ones) :] if both else 1 - first
 
 
 def last_logits(model, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> torch.Tensor:
@@ -608,12 +664,21 @@ def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
 
 
 def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
-                        asked: dict | None = None, micro_batch_size: int = 8) -> torch.Tensor:
+                        asked: dict | None = None, micro_batch_size: int = 8, both: bool = True) -> torch.Tensor:
     """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
 
     p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
     rows = prompts, responses_1, responses_2
-    return both_orders(*verdict_probabilities(judge, tokenizer, *rows, asked, micro_batch_size))
+    return both_orders(*verdict_probabilities(judge, tokenizer, *rows, asked, micro_batch_size, both))
+
+
+def training_labels(strength: torch.Tensor, noise: torch.Tensor, args: Arguments) -> torch.Tensor:
+    """Who decides the strength: the judge's strengths and uniform noise, (P,) each -> what the loss is given (P,).
+
+    --label_noise e makes of p what a judge says whose verdict is turned round e of the time, (1 - e) p + e (1 - p)."""
+    strength = strength + args.label_noise * (1 - 2 * strength)
+    drawn = (noise < strength).float()
+    return {"strength": strength, "drawn": drawn, "data": torch.ones_like(strength)}[args.labels]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -634,6 +699,19 @@ def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_lo
     the cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
     h = implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta)
     return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
+
+
+def pair_loss(loss_type: str, policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, strength, beta: float) -> torch.Tensor:
+    """The loss by its name -> (P,). For comparison with SPCE, on strengths rounded to 0 or 1 (ties stay ties):
+
+    dpo: DPO on the same pairs. ipo: (h / beta - 1 / (2 beta))^2 with h from winner to loser. Source: Azar et al., eq. 17."""
+    logps = policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2
+    if loss_type == "spce":
+        return spce_loss(*logps, strength, beta)
+    rounded = (strength > 0.5).float().where(strength != 0.5, 0.5)
+    if loss_type == "dpo":
+        return spce_loss(*logps, rounded, beta)
+    return ((2 * rounded - 1) * implicit_margin(*logps, beta) / beta - 1 / (2 * beta)) ** 2
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -703,7 +781,7 @@ class Pairs(NamedTuple):
 
 
 def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int, step: int) -> dict[str, float]:
-    """One optimiser step on the mean SPCE loss over the step's P pairs; micro-batches do not change the gradient.
+    """One optimiser step on the mean loss over the step's P pairs; micro-batches do not change the gradient.
 
     Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
     pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
@@ -713,7 +791,7 @@ def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int
         prompt_ids, chosen_ids, rejected_ids, strength, *refs = (column[rows.start : rows.stop] for column in pairs)
         with precision(policy, args):
             logps = response_logps(policy, prompt_ids * 2, chosen_ids + rejected_ids, pad, args.micro_batch_size)
-        loss = spce_loss(*logps.chunk(2), *refs, strength, args.beta)
+        loss = pair_loss(args.loss_type, *logps.chunk(2), *refs, strength, args.beta)
         (loss.sum() / P).backward()
         losses.append(loss.detach())
         margins.append(implicit_margin(*logps.detach().chunk(2), *refs, args.beta))
@@ -763,22 +841,25 @@ def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
 
 
-def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge,
+def held_out_responses(model, tokenizer, prompts: list[Prompt], k: int, args: Arguments) -> list[Ids]:
+    """One sampled response to each held-out prompt; another k gives another one."""
+    noise = sampling_noise(args.seed, EVALUATION, range(len(prompts)), [k], args.max_new_tokens)
+    return [row[0] for row in sample_responses(model, tokenizer, encode_prompts(tokenizer, prompts), noise, args)]
+
+
+def evaluate(policy, sft, tokenizer, gold, prompts: list[Prompt], before: list[Ids], judge,
              args: Arguments) -> tuple[dict, list[tuple[Prompt, str, str]]]:
-    """The figures of held-out rows, and samples (prompt, response of pi_SFT, response of the policy), one a prompt.
+    """The figures on held-out prompts, to which pi_SFT's responses are `before`; and samples (prompt, before, after).
 
     win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
     strength by `judge`, a (model, tokenizer). kl: nats, mean over the policy's responses of log pi_theta - log pi_SFT."""
-    prompts = distinct_prompts(rows, args.num_eval_prompts)
     ids, pad, size = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer), args.micro_batch_size
-    noise = sampling_noise(args.seed, EVALUATION, range(len(prompts)), (0, 1), args.max_new_tokens)
-    drawn = [sample_responses(model, tokenizer, ids, u, args) for model, u in zip((sft, policy), noise.split(1, dim=1))]
-    before, after = ([responses[0] for responses in rows_of] for rows_of in drawn)
+    after = held_out_responses(policy, tokenizer, prompts, 1, args)
     texts_before, texts_after = decode(tokenizer, before), decode(tokenizer, after)
     with torch.no_grad(), precision(policy, args):
         kl = response_logps(policy, ids, after, pad, size) - response_logps(sft, ids, after, pad, size)
-    if data.gold:
-        gold_before, gold_after = (torch.tensor(list(map(data.gold, prompts, texts))) for texts in (texts_before, texts_after))
+    if gold:
+        gold_before, gold_after = (torch.tensor(list(map(gold, prompts, texts))) for texts in (texts_before, texts_after))
         wins = (gold_after > gold_before).float() + (gold_after == gold_before).float() / 2
         figures = {"gold_reward": gold_after.mean().item(), "gold_reward_sft": gold_before.mean().item()}
     else:
@@ -789,22 +870,52 @@ def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, judge,
     for suffix, responses in (("", after), ("_sft", before)):
         figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
         figures["response_tokens" + suffix] = sum(map(len, responses)) / len(responses)
-    if "chosen" in rows.column_names:
-        figures |= judge_figures(sft, tokenizer, rows[: args.num_eval_pairs], data.gold is not None, size)
     return figures, list(zip(prompts, texts_before, texts_after))
 
 
-def judge_figures(judge, tokenizer, pairs: dict, gold: bool, micro_batch_size: int) -> dict[str, float]:
-    """judge_accuracy against the truth if it is known, else against the labels; calibration to either; order_agreement."""
-    columns = pairs["prompt"], pairs["chosen"], pairs["rejected"]
-    p_12, p_21 = verdict_probabilities(judge, tokenizer, *columns, None, micro_batch_size)
-    strength = both_orders(p_12, p_21)
-    truth = torch.tensor([true_strength(*row) for row in zip(*columns)]) if gold else torch.ones(len(strength))
+def judged_pairs(judge, tokenizer, prompts, ones: list[str], twos: list[str], gold, args: Arguments) -> dict[str, torch.Tensor]:
+    """P pairs of texts as columns (P,): p_12, p_21, strength, length_difference in tokens, and with gold the truth."""
+    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, ones, twos, None, args.micro_batch_size)
+    tokens = [torch.tensor([len(ids) for ids in encode(tokenizer, texts)]) for texts in (ones, twos)]
+    columns = {"p_12": p_12, "p_21": p_21, "strength": both_orders(p_12, p_21), "length_difference": tokens[0] - tokens[1]}
+    return columns | ({"truth": torch.tensor(list(map(true_strength, prompts, ones, twos)))} if gold else {})
+
+
+def judge_figures(columns: dict[str, torch.Tensor], labelled: bool) -> dict[str, float]:
+    """order_agreement; judge_accuracy and calibration against the truth if it is known, else, where response 1 is
+    `labelled` the chosen one, against the labels; judge_length_bias: correlation of strength with the difference in
+    length, over pairs of equal gold if it is known (left out where nothing varies)."""
+    strength, truth = columns["strength"], columns.get("truth", torch.ones(len(columns["strength"])))
     right = ((strength > 0.5) == (truth > 0.5)).float().where(strength != 0.5, 0.5)
-    figures = {"judge_accuracy": right[truth != 0.5].mean().item(), "order_agreement": order_agreement(p_12, p_21)}
-    if gold:
-        return figures | {"judge_calibration_error": (strength - truth).abs().mean().item()}
-    return figures | {"judge_ece": expected_calibration_error(torch.maximum(strength, 1 - strength), right)}
+    figures = {"order_agreement": order_agreement(columns["p_12"], columns["p_21"])}
+    if "truth" in columns or labelled:
+        figures["judge_accuracy"] = right[truth != 0.5].mean().item() if (truth != 0.5).any() else 0.5
+    if "truth" in columns:
+        figures["judge_calibration_error"] = (strength - truth).abs().mean().item()
+    elif labelled:
+        figures["judge_ece"] = expected_calibration_error(torch.maximum(strength, 1 - strength), right)
+    equal = truth == 0.5 if "truth" in columns else truth == truth
+    bias = torch.corrcoef(torch.stack([strength, columns["length_difference"]])[:, equal].double())[0, 1].item()
+    return figures | ({"judge_length_bias": bias} if math.isfinite(bias) else {})
+
+
+def judge_report(policy, sft, tokenizer, data: Data, samples: list[tuple], args: Arguments) -> tuple[dict, list[dict]]:
+    """The judge on the data's held-out and out-of-domain pairs (suffix _on_ood), and on two responses of pi_SFT and two of the policy to each held-out
+    prompt, for the judge is frozen while the policy moves. Figures (suffix _on_sft, _on_policy), and a row for each pair."""
+    prompts, before, after = map(list, zip(*samples))
+    more = {k: decode(tokenizer, held_out_responses(model, tokenizer, prompts, k, args)) for k, model in ((2, sft), (3, policy))}
+    sources = {"sft": (prompts, before, more[2]), "policy": (prompts, after, more[3])}
+    for source, dataset in (("data", data.held_out), ("ood", data.ood)):
+        if dataset and "chosen" in dataset.column_names:
+            pairs = dataset[: args.num_eval_pairs]
+            sources[source] = pairs["prompt"], pairs["chosen"], pairs["rejected"]
+    figures, rows = {}, []
+    for source, columns in sources.items():
+        judged = judged_pairs(sft, tokenizer, *columns, data.gold, args)
+        suffix = "" if source == "data" else f"_on_{source}"
+        figures |= {key + suffix: value for key, value in judge_figures(judged, source in ("data", "ood")).items()}
+        rows += [{"on": source} | dict(zip(judged, values)) for values in zip(*(column.tolist() for column in judged.values()))]
+    return figures, rows
 
 
 def order_agreement(p_12: torch.Tensor, p_21: torch.Tensor) -> float:
@@ -962,7 +1073,7 @@ def clear_output(output: Path) -> None:
     """Removes the older run, and nothing that this program did not write."""
     for old in checkpoints(output):
         shutil.rmtree(old)
-    for name in ("metrics.jsonl", "summary.json"):
+    for name in ("metrics.jsonl", "summary.json", "samples.md", "judge.jsonl", "curves.png"):
         (output / name).unlink(missing_ok=True)
 
 
@@ -991,39 +1102,54 @@ def precision(model, args: Arguments):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
 
 
-def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int, args: Arguments) -> dict:
-    """One step of the paper's Figure 2. Returns its line of metrics.jsonl."""
+class Judged(NamedTuple):
+    """What one step sampled and how it was judged, for people to read."""
+
+    prompts: list[Prompt]
+    texts: list[list[str]]  # B x K
+    scores: list[list[float]]
+    triples: list[tuple[int, int, int]]  # (prompt, better, worse) for each pair
+    strength: list[float]
+
+
+def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int,
+               args: Arguments) -> tuple[dict, Judged]:
+    """One step of the paper's Figure 2. Returns its line of metrics.jsonl, and what samples.md shows."""
     seconds: dict[str, float] = {}
     rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
     prompts, pad, size = [data.prompts[i] for i in rows], pad_token_id(tokenizer), args.micro_batch_size
-    prompt_ids = encode_prompts(tokenizer, prompts)
+    prompt_ids, both = encode_prompts(tokenizer, prompts), args.judge_both_orders
     with timed(seconds, "sample"):
-        noise = sampling_noise(args.seed, step, rows, range(args.num_generations), args.max_new_tokens)
-        responses = sample_responses(policy, tokenizer, prompt_ids, noise, args)
+        T, when = args.max_new_tokens, step if args.response_source == "policy" else 0
+        noise = sampling_noise(args.seed, when, rows, range(args.num_generations), T + 2)  # two more: see their use
+        responses = candidates(policy, sft, tokenizer, prompts, prompt_ids, noise[..., :T], data, args)
         texts = [decode(tokenizer, row) for row in responses]
     with timed(seconds, "rank"):
         asked: dict[tuple, float] = {}  # this step's questions and their answers: none is asked twice
-        scores = ranking_scores(sft, tokenizer, prompts, texts, asked, size)
-        triples, identical = pair_responses(scores, responses)
+        scores = candidate_scores(sft, tokenizer, prompts, texts, noise[..., T], asked, args)
+        triples, identical = pair_responses(scores, responses, pair_construction(args))
     flat, stops = [ids for row in responses for ids in row], stop_token_ids(policy, tokenizer)
     metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical,
                "response_tokens": sum(map(len, flat)) / len(flat),
                "eos_rate": sum(ids[-1] in stops for ids in flat) / len(flat)}
+    strength = torch.empty(0)
     if triples:
         chosen, rejected = [texts[i][j] for i, j, _ in triples], [texts[i][k] for i, _, k in triples]
         chosen_ids, rejected_ids = [responses[i][j] for i, j, _ in triples], [responses[i][k] for i, _, k in triples]
         prompt_rows = [prompt_ids[i] for i, _, _ in triples]
         with timed(seconds, "judge"):
             paired = [prompts[i] for i, _, _ in triples]
-            p_12, p_21 = verdict_probabilities(sft, tokenizer, paired, chosen, rejected, asked, size)
-            strength = both_orders(p_12, p_21).to(policy.device)
+            p_12, p_21 = verdict_probabilities(sft, tokenizer, paired, chosen, rejected, asked, size, both)
+            draws = torch.stack([noise[i, j, T + 1] for i, j, _ in triples])
+            strength = training_labels(both_orders(p_12, p_21), draws, args).to(policy.device)
         with timed(seconds, "reference"), torch.no_grad():
             refs = response_logps(sft, prompt_rows * 2, chosen_ids + rejected_ids, pad, size).chunk(2)
         with timed(seconds, "update"):
             metrics |= {"learning_rate": scheduler.get_last_lr()[0], "order_agreement": order_agreement(p_12, p_21)}
             pairs = Pairs(prompt_rows, chosen_ids, rejected_ids, strength, *refs)
             metrics |= update(policy, optimizer, scheduler, pairs, args, pad, step)
-    return metrics | seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
+    metrics |= seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
+    return metrics, Judged(prompts, texts, scores, triples, strength.tolist())
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -1059,20 +1185,33 @@ def main(argv: list[str] | None = None) -> dict:
     optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
     done = load_checkpoint(checkpoint, policy, optimizer, scheduler, inputs) if checkpoint else 0
     keep_metrics(output / "metrics.jsonl", done)
+    judge, shown_steps = other_judge or (sft, tokenizer), {0, steps // 2, steps - 1}
+    prompts = {name: distinct_prompts(rows, args.num_eval_prompts) for name, rows in (("", data.held_out), ("ood_", data.ood)) if rows}
+    before = {name: held_out_responses(sft, tokenizer, texts, 0, args) for name, texts in prompts.items()}
+    measure = lambda name: evaluate(policy, sft, tokenizer, data.gold, prompts[name], before[name], judge, args)
 
     with timed(seconds, "osp"):
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
-            metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
+            metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
+            if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
+                with timed(metrics, "evaluate"):
+                    metrics |= {f"eval_{key}": value for key, value in measure("")[0].items()}
+            if step in shown_steps:
+                write_samples(output / "samples.md", step + 1, judged)
             log_step(output / "metrics.jsonl", metrics, bar)
             if (step + 1) % args.save_steps == 0 and step + 1 < steps:
                 save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, inputs, args)
     save_model(policy, tokenizer, output)
 
-    judge = other_judge or (sft, tokenizer)
-    summary, samples = evaluate(policy, sft, tokenizer, data, data.held_out, judge, args)
-    if data.ood is not None:
-        summary |= {f"ood_{k}": v for k, v in evaluate(policy, sft, tokenizer, data, data.ood, judge, args)[0].items()}
+    summary, samples = measure("")
+    if "ood_" in prompts:
+        summary |= {f"ood_{k}": v for k, v in measure("ood_")[0].items()}
+    figures, judged_rows = judge_report(policy, sft, tokenizer, data, samples, args)
+    summary |= figures
+    with written_whole(output / "judge.jsonl") as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in judged_rows))
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    draw_curves(lines, output / "curves.png")
     updates = [line for line in lines if line["pairs"]]
     summary |= {k: updates[-1][k] for k in ("margin", "margin_accuracy") if updates}
     summary |= {"prompts": len(data.prompts), "steps": len(updates), "seed": args.seed, "sft_cached": cached, **seconds,
@@ -1094,6 +1233,45 @@ def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
         bar.set_postfix_str(figures.format(**metrics))
 
 
+def write_samples(path: Path, step: int, judged: Judged) -> None:
+    """Adds a step's first three prompts to samples.md: the K responses by rank, the pairs, the strengths. Sections of this
+    and later steps, from before a resume, go."""
+    title, *sections = (path.read_text() if path.exists() else "# Samples\n").split("\n## Step ")
+    sections = [section for section in sections if int(section.split()[0]) < step] + [f"{step}\n"]
+    for i, prompt in enumerate(judged.prompts[:3]):
+        scores, of = judged.scores[i], [(j, k, p) for (b, j, k), p in zip(judged.triples, judged.strength) if b == i]
+        sections[-1] += f"\n{quoted(transcript(prompt))}\n\n| rank | score | response |\n|---|---|---|\n"
+        order, cell = sorted(range(len(scores)), key=lambda k: -scores[k]), lambda text: " ".join(text.replace("|", "\\|").split())
+        sections[-1] += "".join(f"| {r} | {scores[k]:.3f} | {cell(judged.texts[i][k])} |\n" for r, k in enumerate(order, 1))
+        sections[-1] += "\nPairs, by rank, and strength: " + "; ".join(
+            f"{order.index(j) + 1} over {order.index(k) + 1}, p = {p:.3f}" for j, k, p in of) + "\n"
+    with written_whole(path) as scratch:
+        scratch.write_text("\n## Step ".join([title, *sections]))
+
+
+def draw_curves(lines: list[dict], path: Path) -> None:
+    """The lines of metrics.jsonl -> curves.png: win rate, KL, strength and margin, length, over steps."""
+    import matplotlib.figure  # here, since it takes a second to load
+
+    judged = "self-judged " if any(line.get("eval_self_judged") for line in lines) else ""
+    start = {"eval_win_rate_vs_sft": 0.5, "eval_kl": 0.0}  # of pi_SFT itself
+    panels = [(judged + "win rate against SFT", {"eval_win_rate_vs_sft": "held-out"}),
+              ("KL from SFT, nats", {"kl": "paired responses", "eval_kl": "held-out"}),
+              ("strength and margin", {"strength_mean": "strength p", "margin": "margin h"}),
+              ("response length, tokens", {"response_tokens": "sampled", "eval_response_tokens": "held-out"})]
+    figure = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
+    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels):
+        for key, label in keys.items():
+            points = [(0, start[key])] if key in start else []
+            points += [(line["step"], line[key]) for line in lines if key in line]
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, marker="o" * key.startswith("eval_"), markersize=4)
+        axes.set(title=title, xlabel="step")
+        axes.legend(frameon=False)
+        axes.grid(alpha=0.3)
+    with written_whole(path) as scratch:
+        figure.savefig(scratch, format="png", dpi=110)
+
+
 REPORT = [  # name, of SFT, of OSP: a key of the summary, a number, or nothing
     ("gold reward", "gold_reward_sft", "gold_reward"), ("win rate against SFT", 0.5, "win_rate_vs_sft"),
     ("  its standard error", None, "win_rate_vs_sft_se"), ("  out of domain", 0.5, "ood_win_rate_vs_sft"),
@@ -1112,8 +1290,8 @@ def print_report(summary: dict, samples: list[tuple], output: Path) -> None:
     for prompt, before, after in samples[:3]:
         print(f"\n{transcript(prompt)}\n  SFT: {before}\n  OSP: {after}")
     sft = f"{summary['seconds_sft']:.0f} s SFT" + " (cached)" * summary["sft_cached"]
-    print(f"\n{sft}, {summary['seconds_osp']:.0f} s OSP, {summary['seconds_total']:.0f} s in all. The model, metrics.jsonl and "
-          f"summary.json are in {output}")
+    print(f"\n{sft}, {summary['seconds_osp']:.0f} s OSP, {summary['seconds_total']:.0f} s in all. The model, metrics.jsonl, "
+          f"summary.json, curves.png and samples.md are in {output}")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

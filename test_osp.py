@@ -104,12 +104,32 @@ def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
     assert abs(gradient[-1]) < 1e-12
 
 
+def test_losses_for_comparison_by_hand():
+    logps, p = [torch.tensor([x] * 3, dtype=torch.float64) for x in (-10.0, -12.0, -11.0, -11.0)], torch.tensor([0.9, 0.2, 0.5])
+    assert osp.pair_loss("spce", *logps, p, 0.1).tolist() == osp.spce_loss(*logps, p, 0.1).tolist()
+    h = 0.1 * 2  # the log-ratios differ by 2
+    dpo = [math.log(1 + math.exp(-h)), math.log(1 + math.exp(h)), (math.log(1 + math.exp(-h)) + math.log(1 + math.exp(h))) / 2]
+    assert osp.pair_loss("dpo", *logps, p, 0.1).tolist() == pytest.approx(dpo)
+    assert osp.pair_loss("ipo", *logps, p, 0.1).tolist() == pytest.approx([(2 - 5) ** 2, (-2 - 5) ** 2, 25])  # a tie pulls nowhere
+
+
+def test_labels_are_strengths_draws_or_the_datas():
+    p, noise = torch.full((40_000,), 0.9), torch.rand(40_000, generator=torch.Generator().manual_seed(0))
+    labels = lambda *more: osp.training_labels(p, noise, osp.parse_arguments(list(more)))
+    assert torch.equal(labels(), p) and torch.allclose(labels("--label_noise", "0.25"), torch.tensor(0.75 * 0.9 + 0.25 * 0.1))
+    drawn = labels("--labels", "drawn", "--label_noise", "0.25")
+    assert set(drawn.tolist()) == {0.0, 1.0} and drawn.mean().item() == pytest.approx(0.7, abs=0.01)
+    assert labels("--labels", "data", "--response_source", "dataset").eq(1).all()
+
+
 # ------------------------------------------------------------------------------------------------------------- pairing
 def test_pairs_best_with_worst_inwards():
     assert osp.ranked_pairs([0.5, 0.9, 0.1, 0.7]) == [(1, 2), (3, 0)]
     assert osp.ranked_pairs(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5])) == [(4, 0), (3, 1)]  # the middle is left out
     assert osp.ranked_pairs([0.5, 0.5, 0.5, 0.5]) == [(0, 3), (1, 2)]  # ties keep their order
     assert osp.ranked_pairs([0.5, 0.7]) == [(1, 0)]
+    assert osp.ranked_pairs([0.5, 0.9, 0.1, 0.7], "best_worst") == [(1, 2)]
+    assert osp.ranked_pairs([0.5, 0.9, 0.1, 0.7, 0.6], "adjacent") == [(1, 3), (4, 0)]  # the worst is left out
 
 
 @given(st.lists(st.floats(0, 1), min_size=2, max_size=17))
@@ -249,6 +269,10 @@ def test_ranking_asks_o_of_k_questions_and_none_twice(monkeypatch):
     calls.clear()
     osp.preference_strength(judge, tokenizer, ["hi", "hi"], ["rain", "the cat"], ["mat", "gentle"], asked)
     assert sum(calls) == 2  # rain against mat was asked while ranking
+    calls.clear()
+    one_order = osp.preference_strength(judge, tokenizer, ["hi"], ["rain"], ["the cat"], both=False)
+    p_12, _ = osp.verdict_probabilities(judge, tokenizer, ["hi"], ["rain"], ["the cat"])
+    assert calls[0] == 1 and one_order.item() == pytest.approx(p_12.item(), abs=1e-6)
 
 
 @pytest.mark.parametrize("model", [rotary(), absolute()], ids=["rotary", "absolute"])
@@ -271,6 +295,20 @@ def test_heads_leave_the_fewest_tokens_to_compute():
 def test_expected_calibration_error_by_hand():
     confidence, right = torch.tensor([0.52, 0.54, 0.97, 0.99]), torch.tensor([1.0, 0.0, 1.0, 1.0])
     assert osp.expected_calibration_error(confidence, right) == pytest.approx((2 * 0.03 + 2 * 0.02) / 4, abs=1e-6)
+
+
+def test_judge_figures_by_hand():
+    columns = {"p_12": [0.9, 0.4, 0.6, 0.7], "p_21": [0.1, 0.4, 0.4, 0.5], "strength": [0.9, 0.5, 0.6, 0.6], "length_difference": [3.0, 0.0, 1.0, 2.0]}
+    columns = {key: torch.tensor(values) for key, values in columns.items()}
+    figures = osp.judge_figures(columns | {"truth": torch.tensor([0.8, 0.9, 0.5, 0.5])}, True)
+    assert figures["order_agreement"] == pytest.approx(2 / 3) and figures["judge_accuracy"] == pytest.approx((1 + 0.5) / 2)
+    assert figures["judge_calibration_error"] == pytest.approx((0.1 + 0.4 + 0.1 + 0.1) / 4)
+    assert "judge_length_bias" not in figures  # the strengths of the two pairs of equal gold do not vary
+    columns["strength"][3] = 0.8
+    assert osp.judge_figures(columns | {"truth": torch.tensor([0.8, 0.9, 0.5, 0.5])}, True)["judge_length_bias"] == pytest.approx(1.0)
+    unlabelled = osp.judge_figures(columns, False)
+    assert set(unlabelled) == {"order_agreement", "judge_length_bias"}
+    assert unlabelled["judge_length_bias"] == pytest.approx(np.corrcoef([0.9, 0.5, 0.6, 0.8], [3, 0, 1, 2])[0, 1], abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -467,6 +505,46 @@ def test_same_seed_same_figures_and_a_resumed_run_equals_one_left_alone(tmp_path
         run(tmp_path / "a", "--resume_from_checkpoint", "latest", "--beta", "0.5")
 
 
+def test_every_run_draws_curves_and_writes_samples(tmp_path):
+    summary, lines, _ = run(tmp_path, "--eval_steps", "4")
+    assert [line["step"] for line in lines if "eval_kl" in line] == [4, 6]
+    assert {k.removeprefix("eval_"): v for k, v in lines[-1].items() if k.startswith("eval_")}.items() <= summary.items()
+    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    judged = [json.loads(line) for line in (tmp_path / "run" / "judge.jsonl").read_text().splitlines()]
+    assert {row["on"] for row in judged} == {"data", "ood", "sft", "policy"} and all(0 < row["truth"] < 1 for row in judged)
+    samples = (tmp_path / "run" / "samples.md").read_text()
+    assert [part.split()[0] for part in samples.split("## Step ")[1:]] == ["1", "4", "6"]
+    assert samples.count("| 4 |") == 9 and samples.count("Pairs, by rank, and strength: 1 over 4, p = ") == 9  # K = 4, three prompts each
+    judged = osp.Judged(["hi"], [["a | b", "c"]], [[0.5, 0.7]], [(0, 1, 0)], [0.75])
+    osp.write_samples(tmp_path / "run" / "samples.md", 4, judged)  # as a resumed run does
+    samples = (tmp_path / "run" / "samples.md").read_text()
+    assert [part.split()[0] for part in samples.split("## Step ")[1:]] == ["1", "4"] and "| 2 | 0.500 | a \\| b |" in samples
+    assert samples.endswith("1 over 2, p = 0.750\n")
+
+
+def test_candidates_from_sft_are_sampled_once_and_those_of_the_data_are_its_own(tmp_path, monkeypatch):
+    seen, real = [], osp.update
+    monkeypatch.setattr(osp, "update", lambda policy, o, s, pairs, *rest: seen.append(pairs) or real(policy, o, s, pairs, *rest))
+    epochs = lambda: [sorted(zip(*(sum((getattr(p, key) for p in seen[e : e + 3]), []) for key in ("prompt_ids", "chosen_ids", "rejected_ids")))) for e in (0, 3)]
+    run(tmp_path / "a", "--response_source", "sft", "--learning_rate", "0.1")
+    once = epochs()
+    assert once[0] == once[1] and len(once[0]) >= 20
+    seen.clear()
+    run(tmp_path / "b", "--learning_rate", "0.1")
+    assert epochs()[0] != epochs()[1]
+    seen.clear()
+    _, tokenizer = osp.builtin_model(0)
+    run(tmp_path / "c", "--response_source", "dataset", "--labels", "data")
+    pairs, own = epochs(), {}
+    for row in osp.load_preferences(None):
+        own.setdefault(row["prompt"], set()).add((row["chosen"], row["rejected"]))
+    assert pairs[0] == pairs[1] and all((p.strength == 1).all() for p in seen)
+    for prompt, chosen, rejected in pairs[0]:
+        prompt = next(text for text in own if osp.encode_prompts(tokenizer, [text])[0] == prompt)
+        cut = lambda text: osp.encode_responses(tokenizer, [prompt], [text], 16)[0]
+        assert (chosen, rejected) in [(cut(a), cut(b)) for a, b in own[prompt]]
+
+
 def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, capsys):
     tokenizer = TOKENIZERS["chat"]
     rotary(len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -556,7 +634,7 @@ def test_a_planted_preference_improves(monkeypatch):
     prompts = osp.builtin_prompts("train")[:32]
     data = osp.Data(None, prompts, None, None, None)
     optimizer, scheduler = osp.optimizer_and_schedule(policy, args.learning_rate, 40, args)
-    lines = [osp.train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args) for step in range(40)]
+    lines = [osp.train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)[0] for step in range(40)]
     said = lambda model: like(osp.decode(tokenizer, [r for rows in osp.sample(model, osp.encode_prompts(tokenizer, prompts), osp.sampling_noise(1, 0, list(range(32)), [0, 1, 2, 3], 8), 1.0, [1], 0) for r in rows])).mean().item()
     assert said(policy) > said(sft) + 1 and lines[-1]["margin"] > 0.3 and lines[-1]["margin_accuracy"] > 0.8
 
@@ -581,7 +659,8 @@ def test_nan_stops_the_run_and_keeps_the_weights():
 # --------------------------------------------------------------------------------------------------------- wrong input
 @pytest.mark.parametrize("arguments, words", [
     (["--num_generations", "1"], "at least 2 responses"), (["--beta", "0"], "--beta is 0.0"), (["--dataset_name", "x.json"], "needs --model_name_or_path"),
-    (["--lr_scheduler_type", "wavy"], "wavy"), (["--model_name_or_path", "no/such-model"], "no/such-model"), (["--resume_from_checkpoint", "nowhere"], "nowhere")])
+    (["--lr_scheduler_type", "wavy"], "wavy"), (["--label_noise", "0.6"], "label_noise is 0.6"), (["--labels", "data"], "--response_source dataset"),
+    (["--model_name_or_path", "no/such-model"], "no/such-model"), (["--resume_from_checkpoint", "nowhere"], "nowhere")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, arguments, words):
     with pytest.raises(osp.Stop, match=words) as stop:
         run(tmp_path, *arguments)
@@ -807,7 +886,7 @@ def step_vectors(sft, steps: int, args) -> tuple[list, dict]:
         seen.update(batches=[], logits={})
         patches = {name: watched(name, look) for name, look in looks.items()} | {"sample_responses": lambda *_: responses}
         with without_tokenizer(**patches):
-            metrics = osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), step, args)
+            metrics, _ = osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), step, args)
             x = [prompts[i] for i in osp.step_indices(len(prompts), len(responses), step, args.seed)]
             ask = lambda i, a, b: torch.stack([seen["logits"][tuple(osp.encode_questions(None, [x[i]], *osp_rows)[0])] for osp_rows in
                                                [[osp.decode(None, [r]) for r in order] for order in ((a, b), (b, a))]])
@@ -935,7 +1014,7 @@ def bench_step(K: int, bf16: bool, threads: int, steps: int = 2) -> dict:
                                 "--bf16", str(bf16)])
     prompts = [" ".join(f"w{i}" for i in np.random.default_rng(b).integers(0, 4000, prompt_tokens)) for b in range(B)]
     optimizer, scheduler = osp.optimizer_and_schedule(policy, 1e-4, 100, args)
-    lines = [osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), s, args) for s in range(steps + 1)]
+    lines = [osp.train_step(policy, sft, tokenizer, optimizer, scheduler, osp.Data(None, prompts, None, None, None), s, args)[0] for s in range(steps + 1)]
     stages = ("sample", "rank", "judge", "reference", "update")
     best = min(lines[1:], key=lambda line: sum(line["seconds_" + s] for s in stages))
     seconds = {s: best["seconds_" + s] for s in stages}
@@ -977,8 +1056,131 @@ def bench():
               + f"   | {r['tokens_s']:8.0f} {r['pairs_s']:7.1f} {r['rss']:4.0f} | {r['gflops']:7.0f} {r['share']:9.0%} {r['step'] / r['floor']:8.2f}", flush=True)
 
 
+# -------------------------------------------------------------------- make ablations, make evidence: tables and a picture
+VARIATIONS = {  # a run's name in the Makefile -> what it changes
+    "spce": "OSP as it is", "dpo": "loss: strengths rounded (DPO)", "ipo": "loss: strengths rounded (IPO)",
+    "sampled_once": "responses: sampled once, from SFT", "offline_dpo": "responses: the data's pairs, labels (offline DPO)",
+    "offline_spce": "responses: the data's pairs, strengths", "random": "pairs: random", "best_worst": "pairs: best with worst alone",
+    "adjacent": "pairs: adjacent ranks", "one_order": "judge: one order"}
+
+
+def finished_runs(folder: Path) -> dict[str, list[dict]]:
+    """name -> a run for each seed: its summary, the points (step, kl, gold, win rate, and so on) of its evaluations, its judged pairs."""
+    runs = {}
+    for path in sorted(folder.glob("*-seed*/summary.json")):
+        lines = [json.loads(line) for line in (path.parent / "metrics.jsonl").read_text().splitlines()]
+        summary = json.loads(path.read_text())
+        start = {"step": 0, "kl": 0.0, "gold_reward": summary["gold_reward_sft"], "win_rate_vs_sft": 0.5}
+        points = [start] + [{"step": x["step"]} | {k[5:]: v for k, v in x.items() if k.startswith("eval_")} for x in lines if "eval_kl" in x]
+        judged = [json.loads(line) for line in (path.parent / "judge.jsonl").read_text().splitlines()]
+        runs.setdefault(path.parent.name.rsplit("-seed", 1)[0], []).append({"summary": summary, "points": points, "judged": judged})
+    return runs
+
+
+def spread(values: list, digits: int = 3) -> str:
+    """Mean and standard deviation over seeds; how many have a value, where not all do."""
+    there = [v for v in values if v is not None]
+    if not there:
+        return "none"
+    return f"{np.mean(there):.{digits}f} ± {np.std(there, ddof=len(there) > 1):.{digits}f}" + f" ({len(there)} of {len(values)})" * (len(there) < len(values))
+
+
+def gold_at_kl(points: list[dict], kl: float) -> float | None:
+    """Gold reward where training first reaches this KL, on the straight line between evaluations; None if it never does."""
+    for one, two in zip(points, points[1:]):
+        if one["kl"] < kl <= two["kl"]:
+            return one["gold_reward"] + (two["gold_reward"] - one["gold_reward"]) * (kl - one["kl"]) / (two["kl"] - one["kl"])
+    return None
+
+
+def table(head: list[str], rows: list[list[str]]) -> None:
+    """Prints Markdown."""
+    for row in (head, ["---"] * len(head), *rows):
+        print("| " + " | ".join(row) + " |")
+
+
+def ablations_table(runs: dict, kl: float = 2.0) -> None:
+    of = lambda name, key, digits=3: spread([run["summary"].get(key) for run in runs[name]], digits)
+    print(f"{len(runs['spce'])} seeds, mean ± standard deviation")
+    table(["variation", "win rate", "out of domain", "gold", f"gold at KL {kl:g}", "KL", "distinct", "length"],
+          [[label, of(name, "win_rate_vs_sft"), of(name, "ood_win_rate_vs_sft"), of(name, "gold_reward", 2),
+            spread([gold_at_kl(run["points"], kl) for run in runs[name]], 2), of(name, "kl", 1), of(name, "distinct_fraction"), of(name, "response_tokens", 1)]
+           for name, label in VARIATIONS.items() if name in runs])
+
+
+def evidence_tables(runs: dict) -> None:
+    of = lambda name, key, digits=3: spread([run["summary"].get(key) for run in runs[name]], digits)
+    at = lambda name, share, key, digits=2: spread([run["points"][round(share * (len(run["points"]) - 1))][key] for run in runs[name]], digits)
+    print(f"\nLong training, 27 epochs, {len(runs['long_spce'])} seeds: gold reward / KL after a third, two thirds, all of it")
+    table(["loss", "1/3", "2/3", "3/3", "distinct at the end"], [[name] + [f"{at(name, s, 'gold_reward')} / {at(name, s, 'kl', 1)}" for s in (1 / 3, 2 / 3, 1)]
+                                                                + [of(name, "distinct_fraction")] for name in ("long_spce", "long_dpo")])
+    print("\nDistinct prompts, at the same 117 steps")
+    table(["prompts", "seeds", "win rate", "out of domain", "gold"], [[str(n), str(len(runs[name])), of(name, "win_rate_vs_sft"), of(name, "ood_win_rate_vs_sft"), of(name, "gold_reward", 2)]
+          for n, name in ((50, "prompts_50"), (100, "prompts_100"), (200, "spce"), (400, "prompts_400"), (800, "prompts_800")) if name in runs])
+    print("\nNoisy verdicts on one fixed set of pairs, 18 epochs: gold reward / KL")
+    table(["noise", "labels", "best on the way", "1/3", "2/3", "3/3"], [[f"{level}%", kind, spread([max(p["gold_reward"] for p in run["points"]) for run in runs[name]], 2)]
+          + [f"{at(name, s, 'gold_reward')} / {at(name, s, 'kl', 1)}" for s in (1 / 3, 2 / 3, 1)]
+          for level in ("00", "20", "40") for kind in ("spce", "drawn") if (name := f"noise_{level}_{kind}") in runs])
+    print("\nThe frozen judge, over the seeds of OSP as it is")
+    table(["pairs", "accuracy", "calibration error", "order agreement", "length bias at equal gold"], [[label] + [of("spce", key + suffix) for key in (
+        "judge_accuracy", "judge_calibration_error", "order_agreement", "judge_length_bias")] for label, suffix in (
+        ("the data, held-out", ""), ("the data, out of domain", "_on_ood"), ("two responses of SFT", "_on_sft"), ("two responses of the policy", "_on_policy"))])
+
+
+def evidence_picture(runs: dict, path: Path) -> None:
+    """Four panels: gold against KL over training; win rate by prompts; noisy labels over training; the judge's reliability."""
+    import matplotlib.figure
+    figure = matplotlib.figure.Figure(figsize=(11, 8), layout="constrained")
+    (frontier, prompts, noise, judge), colours = figure.subplots(2, 2).flat, [f"C{i}" for i in range(10)]
+
+    def curves(axes, name, x, y, label, colour, style="-"):
+        """Each seed thinly, the mean thickly."""
+        series = [([p[x] for p in run["points"]], [p[y] for p in run["points"]]) for run in runs.get(name, [])]
+        for one in series:
+            axes.plot(*one, color=colour, alpha=0.2, linewidth=1, linestyle=style)
+        if series:
+            axes.plot(*np.mean(series, axis=0), color=colour, label=label, marker="o", markersize=3, linestyle=style)
+
+    for name, label, colour in (("long_spce", "SPCE", 0), ("long_dpo", "rounded strengths (DPO)", 1), ("sampled_once", "SPCE, sampled once", 2),
+                                ("offline_spce", "offline SPCE", 4), ("offline_dpo", "offline DPO", 3)):
+        curves(frontier, name, "kl", "gold_reward", label, colours[colour])
+    frontier.set(title="gold reward against KL over training", xlabel="KL from SFT, nats", ylabel="gold reward")
+    sizes = [(n, runs[name]) for n, name in ((50, "prompts_50"), (100, "prompts_100"), (200, "spce"), (400, "prompts_400"), (800, "prompts_800")) if name in runs]
+    for key, label in (("win_rate_vs_sft", "held-out"), ("ood_win_rate_vs_sft", "out of domain")):
+        values = [[run["summary"][key] for run in found] for _, found in sizes]
+        prompts.errorbar([n for n, _ in sizes], list(map(np.mean, values)), list(map(np.std, values)), label=label, marker="o", capsize=3)
+    prompts.set(title="win rate after 117 steps", xlabel="distinct training prompts", xscale="log", xticks=[50, 100, 200, 400, 800], xticklabels=[50, 100, 200, 400, 800])
+    prompts.minorticks_off()
+    for i, level in enumerate(("00", "20", "40")):
+        curves(noise, f"noise_{level}_spce", "step", "gold_reward", f"SPCE, {int(level)}% noise", colours[i])
+        curves(noise, f"noise_{level}_drawn", "step", "gold_reward", f"drawn labels, {int(level)}%", colours[i], "--")
+    noise.set(title="noisy verdicts on fixed pairs", xlabel="step", ylabel="gold reward")
+    for source, label in (("data", "the data's pairs"), ("sft", "SFT's responses"), ("policy", "the policy's responses")):
+        rows = [row for run in runs["spce"] for row in run["judged"] if row["on"] == source]
+        bins = [[row for row in rows if row["strength"] // 0.1 == b] for b in range(10)]
+        judge.plot(*zip(*[np.mean([(row["strength"], row["truth"]) for row in found], axis=0) for found in bins if len(found) >= 20]), marker="o", label=label)
+    judge.plot([0, 1], [0, 1], color="grey", linewidth=1)
+    judge.set(title="reliability of the frozen judge", xlabel="its strength", ylabel="true strength (mean of a tenth)")
+    for axes in (frontier, prompts, noise, judge):
+        axes.legend(frameon=False, fontsize=8)
+        axes.grid(alpha=0.3)
+    figure.savefig(path, dpi=100)
+    print(f"\nPicture: {path}")
+
+
+def test_gold_at_equal_kl_by_hand():
+    points = [{"kl": 0.0, "gold_reward": 0.3}, {"kl": 1.0, "gold_reward": 0.9}, {"kl": 3.0, "gold_reward": 1.9}]
+    assert gold_at_kl(points, 2.0) == pytest.approx(1.4) and gold_at_kl(points, 3.5) is None
+
+
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["vectors"]:
+    if sys.argv[1:2] == ["ablations"]:
+        ablations_table(finished_runs(Path(sys.argv[2])))
+    elif sys.argv[1:2] == ["evidence"]:
+        found = finished_runs(Path(sys.argv[2]))
+        evidence_tables(found)
+        evidence_picture(found, Path(sys.argv[2]) / "evidence.png")
+    elif sys.argv[1:2] == ["vectors"]:
         write_vectors(Path(sys.argv[2]))
     elif len(sys.argv) == 4:
         print(json.dumps(bench_step(int(sys.argv[1]), bool(int(sys.argv[2])), int(sys.argv[3]))))
