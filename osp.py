@@ -197,9 +197,9 @@ def load_preferences(name_or_path: str | None, split: str = "train", config: str
     for the built-in task. Unusable rows are dropped, and counted by reason in `info.description`. Raises Stop for what
     cannot be read, columns that fit no format, and when no row remains."""
     rows, dropped = read_split(name_or_path, split, config, data_dir), collections.Counter()
-    parsed = datasets.concatenate_datasets(list(usable_rows(rows, name_or_path, dropped)))
-    parsed.info.description = reasons(dropped)
-    return parsed
+    usable = datasets.concatenate_datasets(list(usable_rows(rows, name_or_path, dropped)))
+    usable.info.description = reasons(dropped)
+    return usable
 
 
 def reasons(dropped: collections.Counter) -> str:
@@ -905,9 +905,10 @@ def save_final(model, tokenizer, output: Path) -> None:
     """The final model in the run's folder, beside its other files. summary.json, written last, says that it is whole."""
     with written_whole(output / "final") as scratch:
         save_model(model, tokenizer, scratch)
-    for path in (output / "final").iterdir():
-        os.replace(path, output / path.name)
-    (output / "final").rmdir()
+        for path in list(scratch.iterdir()):
+            with written_whole(output / path.name) as place:
+                os.replace(path, place)
+    (output / "final").rmdir()  # what is left of it
 
 
 def load_weights(folder: Path, model):
@@ -971,6 +972,7 @@ class Loop(NamedTuple):
 @contextmanager
 def signals_noticed(noticed: list) -> Iterator[None]:
     """Within it a first Ctrl-C or SIGTERM only enters the list, for `end_of_step` to see; a second quits at once."""
+
     def notice(number, _):
         if noticed:
             raise KeyboardInterrupt
@@ -1020,21 +1022,21 @@ def load_checkpoint(folder: Path, loop: Loop) -> int:
     return state["step"]
 
 
+def write_manifest(folder: Path, inputs: str) -> None:
+    """Notes what a folder started from and every file's hash: neither torch nor safetensors notices a flipped bit."""
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": {str(p.relative_to(folder)): digest(p) for p in files}})
+
+
 def digest(path: Path) -> str:
     """The SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, inputs: str) -> None:
-    """Notes what a folder started from and every file's hash: neither torch nor safetensors notices a flipped bit."""
-    files = {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
-    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": files})
-
-
 def is_whole(folder: Path) -> bool:
     """Whether every file of a folder is as `write_manifest` saw it."""
-    with suppress(OSError, ValueError):
+    with suppress(OSError, ValueError, KeyError, TypeError):
         files = json.loads((folder / "manifest.json").read_text())["sha256"]
         return all(digest(folder / name) == written for name, written in files.items())
     return False
