@@ -876,8 +876,9 @@ def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
 
 def cannot_write(path: Path, error: Exception) -> Stop:
     """The sentence for a full disk, and its like."""
-    return Stop(f"Cannot write {str(path)!r} ({first_line(error)}): make room, then go on with --resume_from_checkpoint "
-                "latest.", code=1)
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free / 2**20
+    return Stop(f"Cannot write {str(path)!r}, {free:.1f} MiB being free there ({first_line(error)}): make room, then go on "
+                "with --resume_from_checkpoint latest.", code=1)
 
 
 def remove(path: Path) -> None:

@@ -569,7 +569,7 @@ for i, moment in enumerate([*moments, ""]):
 def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path):
     """Real processes, real signals: in SFT, while its model and checkpoints are written, in a step, in half a line of
     metrics.jsonl, while the final model is put in its place; and Ctrl-C and SIGTERM, which save a checkpoint first."""
-    moments = ["supervised_tasks:4:9", "write_manifest:1:9", "supervised_tasks:2:2", "write_manifest:1:9", "log_step:4:9", "write_manifest:1:9", "update:2:15",
+    moments = ["supervised_tasks:4:9", "write_manifest:1:9", "supervised_tasks:2:2", "write_manifest:2:9", "log_step:4:9", "write_manifest:1:9", "update:2:15",
                "replace:7:9"]
     driver = f"ARGUMENTS = {[*QUICK, '--sft_max_steps', '7', '--save_total_limit', '2']}" + DRIVER
     done = subprocess.run([sys.executable, "-c", driver, str(tmp_path), *moments], capture_output=True, text=True, cwd=Path(osp.__file__).parent, timeout=300,
