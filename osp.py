@@ -859,7 +859,7 @@ def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bi
 def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
     """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half.
 
-    The scratch is named after its `owner`, whose next start removes it if this one is killed. Raises Stop on a full disk."""
+    The scratch is named after its `owner`, whose next start removes what a kill left. Raises Stop on a full disk."""
     scratch, old = (path.with_name(f".{path.name}{owner}.{end}") for end in ("partial", "old.partial"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -877,12 +877,12 @@ def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
 def cannot_write(path: Path, error: Exception) -> Stop:
     """The sentence for a full disk, and its like."""
     free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free / 2**20
-    return Stop(f"Cannot write {str(path)!r}, {free:.1f} MiB being free there ({first_line(error)}): make room, then go on "
-                "with --resume_from_checkpoint latest.", code=1)
+    return Stop(f"Cannot write {str(path)!r}, {free:.1f} MiB being free there ({first_line(error)}): make room, then go "
+                "on with --resume_from_checkpoint latest.", code=1)
 
 
 def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one; a folder in one move, so that no half is ever taken for a whole one."""
+    """Removes a file or a folder, if there is one; a folder in one move, so that no half passes for a whole one."""
     if path.is_dir():
         path = path.rename(path.with_name(f".{path.name.lstrip('.').removesuffix('.partial')}.partial"))
         shutil.rmtree(path, ignore_errors=True)
@@ -903,7 +903,7 @@ def save_model(model, tokenizer, folder: Path) -> None:
 
 
 def save_final(model, tokenizer, output: Path) -> None:
-    """The final model in the run's folder, beside its other files. summary.json, written last, says that it is whole."""
+    """The final model, in the run's folder beside its other files; summary.json, written last, says that it is whole."""
     with written_whole(output / "final") as scratch:
         save_model(model, tokenizer, scratch)
         for path in list(scratch.iterdir()):
@@ -993,8 +993,8 @@ def end_of_step(loop: Loop, step: int) -> None:
     if loop.signals or step % loop.args.save_steps == 0 and step < loop.steps:
         save_checkpoint(loop, step)
     if loop.signals:
-        raise Stop(f"interrupted; {loop.name}-{step} is saved: the same command with --resume_from_checkpoint latest goes "
-                   "on from there.", code=130)
+        raise Stop(f"interrupted; {loop.name}-{step} is saved: the same command with --resume_from_checkpoint latest "
+                   "goes on from there.", code=130)
 
 
 def save_checkpoint(loop: Loop, step: int) -> None:
@@ -1025,8 +1025,8 @@ def load_checkpoint(folder: Path, loop: Loop) -> int:
 
 def write_manifest(folder: Path, inputs: str) -> None:
     """Notes what a folder started from and every file's hash: neither torch nor safetensors notices a flipped bit."""
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": {str(p.relative_to(folder)): digest(p) for p in files}})
+    files = {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*") if path.is_file()}
+    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": files})
 
 
 def digest(path: Path) -> str:
@@ -1058,7 +1058,7 @@ def checkpoints(folder: Path, *names: str) -> list[Path]:
 
 
 def find_checkpoint(args: Arguments) -> Path | None:
-    """The folder that --resume_from_checkpoint means, whole and written with the same arguments; None to start fresh."""
+    """The folder that --resume_from_checkpoint means, whole and of the same arguments; None to start fresh."""
     if args.resume_from_checkpoint is None:
         return None
     found, latest = checkpoints(Path(args.output_dir)), args.resume_from_checkpoint == "latest"
@@ -1072,12 +1072,13 @@ def find_checkpoint(args: Arguments) -> Path | None:
                    f"{', '.join(path.name for path in found) or 'none'}: give the path of one of these, or latest.")
     folder = newest_whole(found[: places.index(asked.resolve()) + 1])
     if folder is None:
-        raise Stop(f"The checkpoint {str(asked)!r} is damaged, and there is no older one that is not: delete it to start anew.")
+        raise Stop(f"The checkpoint {str(asked)!r} is damaged, and no older one is whole: delete it to start anew.")
     if folder.resolve() != asked.resolve():
         if not latest:
-            raise Stop(f"The checkpoint {str(asked)!r} is damaged: give {str(folder)!r}, the newest older one that is not.")
+            raise Stop(f"The checkpoint {str(asked)!r} is damaged: give {str(folder)!r}, the newest whole one before it.")
         print(f"The checkpoint {str(asked)!r} is damaged: going on from {str(folder)!r}.")
-    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit", "sft_cache_dir")
+    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit",
+            "sft_cache_dir")
     then = json.loads((folder / "arguments.json").read_text())
     changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
     if changed:
@@ -1104,8 +1105,8 @@ def check_output(args: Arguments, checkpoint: Path | None) -> Path:
 
 
 def clear_output(output: Path, checkpoint: Path | None, inputs: str, args: Arguments) -> None:
-    """Removes what the run does again: all that came after the checkpoint, or without one the older run; and what killed
-    runs had half written. Nothing goes that this program did not write. Raises Stop for another run's checkpoint."""
+    """Removes what the run does again: all that came after the checkpoint, or without one the older run; and what
+    killed runs had half written. Nothing goes that this program did not write. Raises Stop for another run's checkpoint."""
     if checkpoint and json.loads((checkpoint / "manifest.json").read_text())["inputs"] != inputs:
         raise Stop(f"{str(checkpoint)!r} was written with other data or another start model: start a new --output_dir.")
     found = checkpoints(output)
@@ -1118,7 +1119,7 @@ def clear_output(output: Path, checkpoint: Path | None, inputs: str, args: Argum
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Keeps the lines of the first `steps` steps: a resumed run does the later ones again, the last may be half a line."""
+    """Keeps the lines of the first `steps` steps: a resumed run does the others again, the last may be half a line."""
     lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
     with written_whole(path) as scratch:
         scratch.write_text("".join(lines))
