@@ -23,12 +23,14 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
 import random
 import re
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -106,7 +108,8 @@ class Arguments:
     lr_scheduler_type: str = HfArg(default="linear", help="linear, cosine, constant or constant_with_warmup")
     warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
     max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    save_steps: int = HfArg(default=100, help="OSP steps between checkpoints")
+    save_steps: int = HfArg(default=100, help="steps between checkpoints, of SFT and of OSP")
+    save_total_limit: int | None = HfArg(default=None, help="OSP checkpoints to keep, the newest; none: all of them")
     eval_steps: int = HfArg(default=50, help="OSP steps between evaluations")
     num_eval_prompts: int = HfArg(default=256, help="held-out prompts, one sampled response each")
     num_eval_pairs: int = HfArg(default=512, help="held-out pairs that the judge is measured on")
@@ -132,7 +135,7 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     for field in dataclasses.fields(args):
         least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "label_noise": 0}.get(field.name, 1e-12)
         value = getattr(args, field.name)
-        if field.type in (int, float) and not least <= value < 2**32:
+        if type(value) in (int, float) and not least <= value < 2**32:
             raise Stop(f"--{field.name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}, below 2**32.")
     if args.label_noise > 0.5:
         raise Stop(f"--label_noise is {args.label_noise}: above 1/2 the labels would say the opposite.")
@@ -207,19 +210,35 @@ def load_preferences(name_or_path: str | None, split: str = "train", config: str
     Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these, a `save_to_disk` folder, or None
     for the built-in task. Unusable rows are dropped, and counted by reason in `info.description`. Raises Stop for what
     cannot be read, columns that fit no format, and when no row remains."""
-    splits = read_dataset(name_or_path, config, data_dir)
+    rows, dropped = read_split(name_or_path, split, config, data_dir), collections.Counter()
+    usable = datasets.concatenate_datasets(list(usable_rows(rows, name_or_path, dropped)))
+    usable.info.description = reasons(dropped)
+    return usable
+
+
+def reasons(dropped: collections.Counter) -> str:
+    """How many rows were dropped, and why."""
+    return ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
+
+
+def read_split(name: str | None, split: str, config: str | None, data_dir: str | None) -> datasets.Dataset:
+    """The raw rows of a split. Raises Stop."""
+    splits = read_dataset(name, config, data_dir)
     if split not in splits:
-        name = name_or_path or "The built-in task"
-        raise Stop(f"{name} has no split {split!r}: it has {', '.join(map(str, splits))}.")
-    datasets.disable_caching()  # no files beside the user's own
-    rows, dropped = splits[split], collections.Counter()
-    parse, features = row_format(rows, name_or_path)
-    parsed = rows.map(functools.partial(parse_batch, parse, dropped, features), batched=True, features=features,
-                      remove_columns=rows.column_names)
-    parsed.info.description = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
-    if len(parsed) == 0:
-        raise Stop(f"No usable row in split {split!r} of {name_or_path!r} ({len(rows)} rows; {parsed.info.description}).")
-    return parsed
+        raise Stop(f"{name or 'The built-in task'} has no split {split!r}: it has {', '.join(map(str, splits))}.")
+    return splits[split]
+
+
+def usable_rows(rows: datasets.Dataset, name: str | None, dropped: collections.Counter) -> Iterator[datasets.Dataset]:
+    """Raw rows -> the usable ones, part by part, each made when it is asked for: a run reads no more of a million rows
+    than it can use. The others are counted by reason in `dropped`. Raises Stop if none is usable."""
+    (parse, features), usable = row_format(rows, name), 0
+    for start in range(0, len(rows), 1000):
+        part = datasets.Dataset.from_dict(parse_batch(parse, dropped, features, rows[start : start + 1000]), features)
+        usable += len(part)
+        yield part
+    if not usable:
+        raise Stop(f"No usable row in {name!r} ({len(rows)} rows; {reasons(dropped)}).")
 
 
 class Data(NamedTuple):
@@ -236,23 +255,29 @@ class Data(NamedTuple):
 def load_data(tokenizer, model, judge, args: Arguments) -> Data:
     """The rows and prompts of this run. All fit the model's context, and held-out ones that of `judge`, if there is one."""
     name, config, folder = args.dataset_name, args.dataset_config, args.dataset_data_dir
-    train = load_preferences(name, args.dataset_train_split, config, folder)
-    measured = max(args.num_eval_prompts, args.num_eval_pairs)
-    print(f"{len(train)} rows to train on" + (f" ({train.info.description})" if train.info.description else ""))
+    measured, dropped = max(args.num_eval_prompts, args.num_eval_pairs), collections.Counter()
+    rows = read_split(name, args.dataset_train_split, config, folder)
     has_test = "test" in read_dataset(name, config, folder) and args.dataset_train_split != "test"
     test_split = args.dataset_test_split or ("test" if has_test else None)
     if test_split:
-        test = load_preferences(name, test_split, config, folder)
+        test, train = load_preferences(name, test_split, config, folder), usable_rows(rows, name, dropped)
     else:
-        order = np.random.default_rng(args.seed).permutation(len(train)).tolist()
-        cut = min(measured, len(train) // 10 + 1)
-        test, train = train.select(order[:cut]), train.select(order[cut:])
-    held_out = fitting_rows(tokenizer, model, args, test, measured, "held-out")
+        rows = rows.select(np.random.default_rng(args.seed).permutation(len(rows)))
+        train, first = usable_rows(rows, name, dropped), []
+        for part in train:
+            first.append(part)
+            if sum(map(len, first)) >= 10 * measured:
+                break
+        first = datasets.concatenate_datasets(first)
+        cut = min(measured, len(first) // 10 + 1)
+        test, train = first.take(cut), itertools.chain([first.skip(cut)], train)
+    held_out = fitting_rows(tokenizer, model, args, [test], measured, "held-out")
     if judge:
-        held_out = fitting_rows(judge[1], judge[0], args, held_out, measured, "held-out")
-    by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in train.column_names else 0
+        held_out = fitting_rows(judge[1], judge[0], args, [held_out], measured, "held-out")
+    by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in row_format(rows, name)[1] else 0
     wanted = max(by_sft, 4 * args.num_train_prompts)
-    train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]))
+    train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]), dropped)
+    print(f"{len(train)} rows to train on, of {len(rows)}")
     prompts, pairs = distinct_prompts(train, args.num_train_prompts), {}
     if args.response_source == "dataset":
         if "chosen" not in train.column_names:
@@ -262,7 +287,7 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
             pairs[prompt_key(row["prompt"])].append((row["chosen"], row["rejected"]))
     if name is not None:
         return Data(train, prompts, held_out, None, None, pairs)
-    ood = fitting_rows(tokenizer, model, args, load_preferences(None, "ood"), measured, "out-of-domain")
+    ood = fitting_rows(tokenizer, model, args, [load_preferences(None, "ood")], measured, "out-of-domain")
     return Data(train, prompts, held_out, ood, gold_reward, pairs)
 
 
@@ -276,31 +301,34 @@ def distinct_prompts(rows: datasets.Dataset, most: int) -> list[Prompt]:
     return list({prompt_key(p): p for p in rows["prompt"]}.values())[:most]
 
 
-def fitting_rows(tokenizer, model, args: Arguments, rows: datasets.Dataset, wanted: int, name: str,
-                 excluded: Iterable[str] = ()) -> datasets.Dataset:
+def fitting_rows(tokenizer, model, args: Arguments, parts: Iterable[datasets.Dataset], wanted: int, name: str,
+                 excluded: Iterable[str] = (), dropped: collections.Counter | None = None) -> datasets.Dataset:
     """The first `wanted` rows whose prompt is not `excluded`, suits the chat template, and fits the context together with
-    the judge's frame and two full responses. Reads no further; says what it passed over. Raises Stop if none is left."""
-    kept, passed_over, excluded, limit = [], collections.Counter(), set(excluded), context_length(model)
-    for indices in chunks(range(len(rows)), 1000):
-        prompts = rows[list(indices)]["prompt"]
+    the judge's frame and two full responses. Reads no further; says what it passed over, and what the parts' maker had
+    `dropped`. Raises Stop if none is left."""
+    kept, seen, dropped, excluded = [], 0, collections.Counter() if dropped is None else dropped, set(excluded)
+    limit = context_length(model)
+    for part, indices in ((part, indices) for part in parts for indices in chunks(range(len(part)), 1000)):
+        prompts, fitting = part[indices]["prompt"], []
         questions = encode_questions(tokenizer, prompts, [""] * len(prompts), [""] * len(prompts))
         for i, prompt, question in zip(indices, prompts, questions):
             if prompt_key(prompt) in excluded:
-                passed_over["its prompt is held out"] += 1
+                dropped["its prompt is held out"] += 1
             elif len(question) + 2 * args.max_new_tokens > limit:
-                passed_over[f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"] += 1
+                dropped[f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"] += 1
             elif not suits_template(tokenizer, prompt):
-                passed_over["the chat template refuses it"] += 1
+                dropped["the chat template refuses it"] += 1
             else:
-                kept.append(i)
-        if len(kept) >= wanted:
+                fitting.append(i)
+        kept.append(part.select(fitting))
+        if (seen := seen + len(fitting)) >= wanted:
             break
-    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in passed_over.items())
-    if not kept:
-        raise Stop(f"No {name} row is left of {len(rows)} ({reasons or 'there were none'}).")
-    if reasons:
-        print(f"{name} rows: {reasons}")
-    return rows.select(kept[:wanted])
+    if not seen:
+        raise Stop(f"No {name} row is left ({reasons(dropped) or 'there were none'}).")
+    if dropped:
+        print(f"{name} rows: {reasons(dropped)}")
+    rows = datasets.concatenate_datasets(kept)
+    return rows.select(range(min(wanted, seen)))
 
 
 def suits_template(tokenizer, prompt: Prompt) -> bool:
@@ -452,14 +480,17 @@ def supervised_tasks(tokenizer, batch: dict, limit: int, args: Arguments) -> dic
             "judge": (questions, [[a]] * len(prompts) + [[b]] * len(prompts))}
 
 
-def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Arguments) -> None:
+def supervised_finetune(model, tokenizer, train: datasets.Dataset, inputs: str, signals: list, args: Arguments) -> None:
     """Trains `model` in place on the sum of both tasks' mean token losses, for sft_max_steps steps."""
     optimizer, scheduler = optimizer_and_schedule(model, args.sft_learning_rate, args.sft_max_steps, args)
+    loop = Loop("sft-checkpoint", args.sft_max_steps, model, tokenizer, optimizer, scheduler, inputs, signals, args)
+    checkpoint = newest_whole(checkpoints(Path(args.output_dir), loop.name))
+    done = load_checkpoint(checkpoint, loop) if checkpoint else 0
     limit, pad = context_length(model), pad_token_id(tokenizer)
     sizes = [len(chosen) + len(rejected) for chosen, rejected in zip(train["chosen"], train["rejected"])]
     by_size = sorted(range(len(train)), key=sizes.__getitem__)
     model.train()
-    for step in (bar := tqdm(range(args.sft_max_steps), desc="SFT")):
+    for step in (bar := tqdm(range(done, loop.steps), initial=done, total=loop.steps, desc="SFT")):
         easy = step < args.sft_max_steps * SFT_EASY_STEPS
         allowed = by_size[: math.ceil(len(train) * SFT_EASY_ROWS)] if easy else by_size
         batch = train[[allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]]
@@ -474,6 +505,7 @@ def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Argumen
                 losses[task] = losses.get(task, 0.0) + loss.item()
         optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
         bar.set_postfix_str(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()), refresh=False)
+        end_of_step(loop, step + 1)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -895,8 +927,10 @@ def judge_figures(columns: dict[str, torch.Tensor], labelled: bool) -> dict[str,
     elif labelled:
         figures["judge_ece"] = expected_calibration_error(torch.maximum(strength, 1 - strength), right)
     equal = truth == 0.5 if "truth" in columns else truth == truth
-    bias = torch.corrcoef(torch.stack([strength, columns["length_difference"]])[:, equal].double())[0, 1].item()
-    return figures | ({"judge_length_bias": bias} if math.isfinite(bias) else {})
+    if equal.sum() > 1:
+        bias = torch.corrcoef(torch.stack([strength, columns["length_difference"]])[:, equal].double())[0, 1].item()
+        figures |= {"judge_length_bias": bias} if math.isfinite(bias) else {}
+    return figures
 
 
 def judge_report(policy, sft, tokenizer, data: Data, samples: list[tuple], args: Arguments) -> tuple[dict, list[dict]]:
@@ -935,17 +969,42 @@ def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bi
 # 11. Save and resume
 # ----------------------------------------------------------------------------------------------------------------------
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
-    """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    yield scratch
-    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be moved onto another one; a file can
-    os.replace(scratch, path)
+def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
+    """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half.
+
+    The scratch is named after its `owner`, whose next start removes what a kill left. Raises Stop on a full disk."""
+    scratch, old = (path.with_name(f".{path.name}{owner}.{end}") for end in ("partial", "old.partial"))
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        if path.is_dir():  # a folder cannot be moved onto another one
+            os.replace(path, old)
+        os.replace(scratch, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise kinds of their own
+        raise cannot_write(path, error) from error
+    finally:
+        for rest in (scratch, old):
+            remove(rest)
+
+
+def cannot_write(path: Path, error: Exception) -> Stop:
+    """The sentence for a full disk, and its like."""
+    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free / 2**20
+    return Stop(f"Cannot write {str(path)!r}, {free:.1f} MiB being free there ({first_line(error)}): make room, then go "
+                "on with --resume_from_checkpoint latest.", code=1)
+
+
+def remove(path: Path) -> None:
+    """Removes a file or a folder, if there is one; a folder in one move, so that no half passes for a whole one."""
+    if path.is_dir():
+        path = path.rename(path.with_name(f".{path.name.lstrip('.').removesuffix('.partial')}.partial"))
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def write_json(path: Path, value: dict) -> None:
-    """One flat JSON object."""
+    """One JSON object."""
     with written_whole(path) as scratch:
         scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
@@ -954,6 +1013,16 @@ def save_model(model, tokenizer, folder: Path) -> None:
     """What plain `from_pretrained` loads: config, generation_config, safetensors, tokenizer and chat template."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_final(model, tokenizer, output: Path) -> None:
+    """The final model, in the run's folder beside its other files; summary.json, written last, says that it is whole."""
+    with written_whole(output / "final") as scratch:
+        save_model(model, tokenizer, scratch)
+        for path in list(scratch.iterdir()):
+            with written_whole(output / path.name) as place:
+                os.replace(path, place)
+    (output / "final").rmdir()  # what is left of it
 
 
 def load_weights(folder: Path, model):
@@ -978,73 +1047,152 @@ def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> s
     return digest.hexdigest()[:20]
 
 
-def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, args: Arguments):
+def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, signals: list, args: Arguments):
     """The SFT model, and whether it was found in the cache; it is made and put there if not. The key is the fingerprint
     `inputs`, the text of this file, and the libraries' versions."""
     code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
     folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
-    if (folder / "config.json").is_file():
-        with suppress(OSError, SafetensorError):  # a damaged one is made anew
-            return load_weights(folder, model), True
-    supervised_finetune(model, tokenizer, train, args)
-    with written_whole(folder) as scratch:
-        save_model(model, tokenizer, scratch)
-    return model, False
+    if cached := is_whole(folder):  # a damaged one is made anew
+        model = load_weights(folder, model)
+    else:
+        supervised_finetune(model, tokenizer, train, inputs, signals, args)
+        with written_whole(folder, cache_owner(args)) as scratch:
+            save_model(model, tokenizer, scratch)
+            write_manifest(scratch, inputs)
+    for checkpoint in checkpoints(Path(args.output_dir), "sft-checkpoint"):
+        remove(checkpoint)
+    return model, cached
 
 
-def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, inputs: str, args: Arguments) -> None:
-    """checkpoint-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step)."""
-    with written_whole(folder / f"checkpoint-{step}") as scratch:
-        save_model(policy, tokenizer, scratch)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
-                 "rng": torch.get_rng_state(), "inputs": inputs}
-        torch.save(state, scratch / "training_state.pt")
-        write_json(scratch / "arguments.json", vars(args))
+def cache_owner(args: Arguments) -> str:
+    """What a run calls its scratch in the cache, where others may write the same model at the same time."""
+    return "." + hashlib.sha256(os.path.abspath(args.output_dir).encode()).hexdigest()[:10]
 
 
-def load_checkpoint(folder: Path, model, optimizer, scheduler, inputs: str) -> int:
-    """Weights, optimiser, schedule and random state as they were; returns the steps done. Raises Stop."""
+class Loop(NamedTuple):
+    """A loop that can be stopped and gone on with: SFT or OSP."""
+
+    name: str  # of its checkpoints: sft-checkpoint or checkpoint
+    steps: int
+    model: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    optimizer: torch.optim.Optimizer
+    scheduler: torch.optim.lr_scheduler.LRScheduler
+    inputs: str  # the fingerprint of what it started from
+    signals: list  # those that came, see signals_noticed
+    args: Arguments
+
+
+@contextmanager
+def signals_noticed(noticed: list) -> Iterator[None]:
+    """Within it a first Ctrl-C or SIGTERM only enters the list, for `end_of_step` to see; a second quits at once."""
+
+    def notice(number, _):
+        if noticed:
+            raise KeyboardInterrupt
+        noticed.append(number)
+        os.write(2, b"\nosp: saving a checkpoint after this step; once more quits at once\n")  # print must not nest
+
+    before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
-        model.load_state_dict(load_weights(folder, model).state_dict())
-        state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise Stop(damaged(folder, error)) from error
-    if state["inputs"] != inputs:
-        raise Stop(f"{str(folder)!r} was written with other data or another start model: start a new --output_dir.")
-    optimizer.load_state_dict(state["optimizer"])
-    scheduler.load_state_dict(state["scheduler"])
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def end_of_step(loop: Loop, step: int) -> None:
+    """Saves a checkpoint where one is due or a signal has come, which then ends the run."""
+    if loop.signals or step % loop.args.save_steps == 0 and step < loop.steps:
+        save_checkpoint(loop, step)
+    if loop.signals:
+        raise Stop(f"interrupted; {loop.name}-{step} is saved: the same command with --resume_from_checkpoint latest "
+                   "goes on from there.", code=130)
+
+
+def save_checkpoint(loop: Loop, step: int) -> None:
+    """<name>-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step). The
+    oldest ones beyond --save_total_limit go; of SFT's, which go in the end, no more than two are kept."""
+    output = Path(loop.args.output_dir)
+    with written_whole(output / f"{loop.name}-{step}") as scratch:
+        save_model(loop.model, loop.tokenizer, scratch)
+        state = {"step": step, "optimizer": loop.optimizer.state_dict(), "scheduler": loop.scheduler.state_dict(),
+                 "rng": torch.get_rng_state()}
+        torch.save(state, scratch / "training_state.pt")
+        write_json(scratch / "arguments.json", vars(loop.args))
+        write_manifest(scratch, loop.inputs)
+    limit = loop.args.save_total_limit or sys.maxsize
+    for old in checkpoints(output, loop.name)[: -min(limit, 2 if loop.name == "sft-checkpoint" else limit)]:
+        remove(old)
+
+
+def load_checkpoint(folder: Path, loop: Loop) -> int:
+    """Weights, optimiser, schedule and random state as they were; returns the steps done."""
+    loop.model.load_state_dict(load_weights(folder, loop.model).state_dict())
+    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    loop.optimizer.load_state_dict(state["optimizer"])
+    loop.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
     return state["step"]
 
 
-def damaged(folder: Path, error: Exception) -> str:
-    """The sentence for a checkpoint that cannot be read."""
-    return f"The checkpoint {str(folder)!r} is damaged ({first_line(error)}): delete it, and resume from an older one."
+def write_manifest(folder: Path, inputs: str) -> None:
+    """Notes what a folder started from and every file's hash: neither torch nor safetensors notices a flipped bit."""
+    files = {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*") if path.is_file()}
+    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": files})
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that this program wrote into a folder, oldest first."""
-    found = [path.parent for path in folder.glob("checkpoint-*/training_state.pt") if path.parent.name[11:].isdigit()]
-    return sorted(found, key=lambda path: int(path.name[11:]))
+def digest(path: Path) -> str:
+    """The SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every file of a folder is as `write_manifest` saw it."""
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        files = json.loads((folder / "manifest.json").read_text())["sha256"]
+        return all(digest(folder / name) == written for name, written in files.items())
+    return False
+
+
+def newest_whole(found: list[Path]) -> Path | None:
+    """The last of these checkpoints that is not damaged."""
+    return next(filter(is_whole, reversed(found)), None)
+
+
+def checkpoints(folder: Path, *names: str) -> list[Path]:
+    """The checkpoints that this program wrote into a folder, oldest first, those of SFT before those of OSP."""
+    names, found = names or ("sft-checkpoint", "checkpoint"), []
+    for path in folder.glob("*checkpoint-*/training_state.pt"):
+        name, _, step = path.parent.name.rpartition("-")
+        found += [(names.index(name), int(step), path.parent)] if name in names and step.isdigit() else []
+    return [path for _, _, path in sorted(found)]
 
 
 def find_checkpoint(args: Arguments) -> Path | None:
-    """The folder that --resume_from_checkpoint means, written with the same arguments; None to start fresh."""
+    """The folder that --resume_from_checkpoint means, whole and of the same arguments; None to start fresh."""
     if args.resume_from_checkpoint is None:
         return None
-    found = checkpoints(Path(args.output_dir))
-    if args.resume_from_checkpoint == "latest" and not found:
+    found, latest = checkpoints(Path(args.output_dir)), args.resume_from_checkpoint == "latest"
+    if latest and not found:
         print(f"No checkpoint in {args.output_dir}: starting fresh.")
         return None
-    folder = found[-1] if args.resume_from_checkpoint == "latest" else Path(args.resume_from_checkpoint)
-    if folder.resolve() not in [path.resolve() for path in found]:
-        raise Stop(f"{str(folder)!r} is not a checkpoint of --output_dir {args.output_dir!r}, which has "
+    asked = found[-1] if latest else Path(args.resume_from_checkpoint)
+    places = [path.resolve() for path in found]
+    if asked.resolve() not in places:
+        raise Stop(f"{str(asked)!r} is not a checkpoint of --output_dir {args.output_dir!r}, which has "
                    f"{', '.join(path.name for path in found) or 'none'}: give the path of one of these, or latest.")
-    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "sft_cache_dir")
-    try:
-        then = json.loads((folder / "arguments.json").read_text())
-    except (OSError, ValueError) as error:
-        raise Stop(damaged(folder, error)) from error
+    folder = newest_whole(found[: places.index(asked.resolve()) + 1])
+    if folder is None:
+        raise Stop(f"The checkpoint {str(asked)!r} is damaged, and no older one is whole: delete it to start anew.")
+    if folder.resolve() != asked.resolve():
+        if not latest:
+            raise Stop(f"The checkpoint {str(asked)!r} is damaged: give {str(folder)!r}, the newest whole one before it.")
+        print(f"The checkpoint {str(asked)!r} is damaged: going on from {str(folder)!r}.")
+    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit",
+            "sft_cache_dir")
+    then = json.loads((folder / "arguments.json").read_text())
     changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
     if changed:
         raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another "
@@ -1069,16 +1217,22 @@ def check_output(args: Arguments, checkpoint: Path | None) -> Path:
     return output
 
 
-def clear_output(output: Path) -> None:
-    """Removes the older run, and nothing that this program did not write."""
-    for old in checkpoints(output):
-        shutil.rmtree(old)
-    for name in ("metrics.jsonl", "summary.json", "samples.md", "judge.jsonl", "curves.png"):
-        (output / name).unlink(missing_ok=True)
+def clear_output(output: Path, checkpoint: Path | None, inputs: str, args: Arguments) -> None:
+    """Removes what the run does again: all that came after the checkpoint, or without one the older run; and what
+    killed runs had half written. Nothing goes that this program did not write. Raises Stop for another run's checkpoint."""
+    if checkpoint and json.loads((checkpoint / "manifest.json").read_text())["inputs"] != inputs:
+        raise Stop(f"{str(checkpoint)!r} was written with other data or another start model: start a new --output_dir.")
+    found = checkpoints(output)
+    kept = [path.resolve() for path in found].index(checkpoint.resolve()) + 1 if checkpoint else 0
+    unfinished = [*output.glob(".*.partial"), *Path(args.sft_cache_dir).glob(f".*{cache_owner(args)}.*partial")]
+    for path in [*(output / name for name in ("summary.json", "judge.jsonl", "curves.png")), *unfinished, *found[kept:]]:
+        remove(path)
+    for name in ("metrics.jsonl", "samples.md") if not checkpoint else ():
+        remove(output / name)
 
 
 def keep_metrics(path: Path, steps: int) -> None:
-    """Keeps the lines of the first `steps` steps: a resumed run does the later ones again."""
+    """Keeps the lines of the first `steps` steps: a resumed run does the others again, the last may be half a line."""
     lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
     with written_whole(path) as scratch:
         scratch.write_text("".join(lines))
@@ -1166,16 +1320,16 @@ def main(argv: list[str] | None = None) -> dict:
         verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
         model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = load_data(tokenizer, sft, other_judge, args)
-    if checkpoint is None:
-        clear_output(output)
+    seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
+    clear_output(output, checkpoint, inputs, args)
     write_json(output / "arguments.json", vars(args))
 
-    seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
     if args.gradient_checkpointing:
         sft.activation_checkpointing_enable()
-    with timed(seconds, "sft"):
+    signals: list = []
+    with signals_noticed(signals), timed(seconds, "sft"):
         if args.sft and "chosen" in data.train.column_names:
-            sft, cached = cached_sft(sft, tokenizer, data.train, inputs, args)
+            sft, cached = cached_sft(sft, tokenizer, data.train, inputs, signals, args)
     policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
     sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
     if args.gradient_checkpointing:
@@ -1183,14 +1337,15 @@ def main(argv: list[str] | None = None) -> dict:
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
     steps = steps if args.max_steps < 0 else min(steps, args.max_steps)
     optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
-    done = load_checkpoint(checkpoint, policy, optimizer, scheduler, inputs) if checkpoint else 0
+    loop = Loop("checkpoint", steps, policy, tokenizer, optimizer, scheduler, inputs, signals, args)
+    done = load_checkpoint(checkpoint, loop) if checkpoint and checkpoint.name.startswith(loop.name) else 0
     keep_metrics(output / "metrics.jsonl", done)
     judge, shown_steps = other_judge or (sft, tokenizer), {0, steps // 2, steps - 1}
     prompts = {name: distinct_prompts(rows, args.num_eval_prompts) for name, rows in (("", data.held_out), ("ood_", data.ood)) if rows}
     before = {name: held_out_responses(sft, tokenizer, texts, 0, args) for name, texts in prompts.items()}
     measure = lambda name: evaluate(policy, sft, tokenizer, data.gold, prompts[name], before[name], judge, args)
 
-    with timed(seconds, "osp"):
+    with signals_noticed(signals), timed(seconds, "osp"):
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
             metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
@@ -1199,9 +1354,8 @@ def main(argv: list[str] | None = None) -> dict:
             if step in shown_steps:
                 write_samples(output / "samples.md", step + 1, judged)
             log_step(output / "metrics.jsonl", metrics, bar)
-            if (step + 1) % args.save_steps == 0 and step + 1 < steps:
-                save_checkpoint(output, step + 1, policy, tokenizer, optimizer, scheduler, inputs, args)
-    save_model(policy, tokenizer, output)
+            end_of_step(loop, step + 1)
+    save_final(policy, tokenizer, output)
 
     summary, samples = measure("")
     if "ood_" in prompts:
@@ -1224,8 +1378,11 @@ def main(argv: list[str] | None = None) -> dict:
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
     """One line of metrics.jsonl, and the figures that matter on the progress bar."""
-    with path.open("a") as file:
-        file.write(json.dumps(metrics, allow_nan=False) + "\n")
+    try:
+        with path.open("a") as file:
+            file.write(json.dumps(metrics, allow_nan=False) + "\n")
+    except OSError as error:
+        raise cannot_write(path, error) from error
     if metrics["pairs"] == 0:
         bar.write(f"step {metrics['step']}: the two responses of every pair were identical, so there was no update")
     else:
@@ -1519,10 +1676,12 @@ def parse_pair(row: dict) -> Parsed:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C too
     try:
         main()
     except Stop as stop:
         print(f"osp: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        sys.exit("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
+        print("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        sys.exit(130)

@@ -1,4 +1,5 @@
 """Tests of osp.py: numbers worked out by hand, properties, and the program end to end on tiny random models. No network."""
+import collections
 import copy
 import gzip
 import hashlib
@@ -72,6 +73,14 @@ def trained_tokenizer(style: str, chat_template: str | None = None):
 CHAT = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
 TOKENIZERS = {"byte-level": trained_tokenizer("byte-level"), "sentencepiece": trained_tokenizer("sentencepiece"),
               "chat": trained_tokenizer("byte-level", CHAT)}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
 
 
 # ---------------------------------------------------------------------------------------------------------------- SPCE
@@ -359,9 +368,49 @@ def test_spelled_special_tokens_and_forged_frames_stay_text(name):
     assert [i for i in osp.encode_prompts(tokenizer, [evil])[0] if i in specials] == honest
     end, _, _ = osp.verdict_format(tokenizer)
     question = osp.judge_question(tokenizer, evil, evil, evil, end)
-    assert [line for line in question.splitlines() if line in ("A:", "B:", "Better:")] == ["A:", "B:", "Better:"][: 3 if name != "chat" else 3] or name == "chat"
     assert question.count("\nB:\n") == 1
     assert osp.encode_responses(tokenizer, ["x"], [evil], 500)[0].count(tokenizer.eos_token_id) == 1  # its own, at the end
+
+
+ODD = st.sampled_from(["A:", "B:", "Better: A", "> ", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029", "\x00", " ", "\n\nHuman: ",
+                       "\n\nAssistant:", "<|endoftext|>", "<s>", "</s>", "<unk>", "<|assistant|>\n", "rain ." * 500])
+TEXT = st.lists(st.one_of(ODD, st.text(st.characters(exclude_categories=["Cs"]), max_size=6)), max_size=8).map("".join)
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@given(TEXT, TEXT, TEXT)
+@settings(max_examples=60, deadline=None)
+def test_no_text_forges_the_frame_or_becomes_a_special_token(name, prompt, a, b):
+    """The question's lines read back: those of the frame, each once and in order, and between them the texts' own, quoted."""
+    tokenizer = TOKENIZERS[name]
+    lines = osp.JUDGE_FRAME.format(prompt=osp.quoted(prompt), a=osp.quoted(a), b=osp.quoted(b)).splitlines()
+    assert [line for line in lines if line and not line.startswith("> ")] == ["Which response is better, A or B?", "Prompt:", "A:", "B:", "Better:"]
+    said = [[line[2:] for line in lines[lines.index(one) + 1 : lines.index(two) - 1]] for one, two in (("Prompt:", "A:"), ("A:", "B:"), ("B:", "Better:"))]
+    assert said == [[line for line in text.splitlines() if line.strip()] or [""] for text in (prompt, a, b)]
+    specials = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}
+    counted = lambda p, x, y: sum(i in specials for i in osp.encode_questions(tokenizer, [p], [x], [y])[0])
+    assert counted(prompt, a, b) == counted("p", "x", "y")
+
+
+SCRAP = st.recursive(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), TEXT, st.just([user("q"), assistant("a")])),
+                     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content", "post", "text"]), inner, max_size=3), max_leaves=6)
+
+
+@pytest.mark.parametrize("columns", [("prompt", "chosen", "rejected"), ("chosen", "rejected"), ("prompt",), ("info", "summaries", "choice")], ids="-".join)
+@given(st.data(), st.booleans())
+@settings(max_examples=60, deadline=None)
+def test_whatever_stands_in_a_row_it_is_parsed_or_counted(columns, data, is_text):
+    batch = {column: data.draw(st.lists(SCRAP, min_size=4, max_size=4)) for column in columns}
+    parse = osp.parse_tldr if "info" in columns else osp.parse_pair if "chosen" in columns else osp.parse_prompt
+    text = datasets.Value("string")
+    prompt = text if is_text else datasets.List({"role": text, "content": text})
+    features = datasets.Features({"prompt": prompt} | ({} if columns == ("prompt",) else {"chosen": text, "rejected": text}))
+    dropped = collections.Counter()
+    rows = datasets.Dataset.from_dict(osp.parse_batch(parse, dropped, features, batch), features)  # what is kept has the types that were promised
+    assert len(rows) + sum(dropped.values()) == 4
+    for row in rows:
+        texts = [row["prompt"]] if is_text else [m["content"] for m in row["prompt"]]
+        assert all(isinstance(text, str) for text in texts) and (columns == ("prompt",) or row["chosen"].strip() and row["chosen"] != row["rejected"])
 
 
 def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
@@ -378,14 +427,6 @@ def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
 
 
 # ----------------------------------------------------------------------------------------------------------------- data
-def user(text):
-    return {"role": "user", "content": text}
-
-
-def assistant(text):
-    return {"role": "assistant", "content": text}
-
-
 FORMATS = {
     "hh": ({"chosen": "\n\nHuman: q\n\nAssistant: w\n\nHuman: r\n\nAssistant: good", "rejected": "\n\nHuman: q\n\nAssistant: w\n\nHuman: r\n\nAssistant: bad"},
            ("\n\nHuman: q\n\nAssistant: w\n\nHuman: r\n\nAssistant:", "good", "bad")),
@@ -443,6 +484,22 @@ def test_unusable_rows_are_dropped_and_counted(tmp_path):
     (tmp_path / "tldr.jsonl").write_text("\n".join(map(json.dumps, [FORMATS["tldr"][0] | {"info": FORMATS["tldr"][0]["info"] | {"article": None}}, news])))
     kept = osp.load_preferences(str(tmp_path / "tldr.jsonl"))
     assert len(kept) == 1 and kept.info.description == "1 dropped: not a TL;DR post"
+
+
+def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch, capsys):
+    """Of 20,000 rows, the first half of them unusable: held-out ones and those to train on, and no prompt in both."""
+    rows = [json.dumps({"prompt": f"what is {i % 7000} ?", "chosen": "good", "rejected": "" if i < 10000 else "bad"}) for i in range(20000)]
+    (tmp_path / "many.jsonl").write_text("\n".join(rows))
+    read, real = [], osp.parse_batch
+    monkeypatch.setattr(osp, "parse_batch", lambda *args: read.append(len(args[-1]["prompt"])) or real(*args))
+    args = osp.parse_arguments(["--model_name_or_path", "m", "--dataset_name", str(tmp_path / "many.jsonl"), "--sft_max_steps", "5", "--sft_batch_size", "8",
+                                "--num_train_prompts", "20", "--num_eval_prompts", "9", "--num_eval_pairs", "10", "--max_new_tokens", "8"])
+    tokenizer = TOKENIZERS["byte-level"]
+    data = osp.load_data(tokenizer, rotary(len(tokenizer)), None, args)
+    assert len(data.train) == 80 and len(data.prompts) == 20 and len(data.held_out) == 10 and sum(read) <= 2000
+    assert not set(data.train["prompt"]) & set(data.held_out["prompt"])
+    assert "80 rows to train on, of 20000" in capsys.readouterr().out
+    assert len(osp.load_preferences(str(tmp_path / "many.jsonl"))) == 10000
 
 
 def test_built_in_task():
@@ -545,6 +602,96 @@ def test_candidates_from_sft_are_sampled_once_and_those_of_the_data_are_its_own(
         assert (chosen, rejected) in [(cut(a), cut(b)) for a, b in own[prompt]]
 
 
+DRIVER = """
+import os, signal, sys
+import osp, torch
+torch.set_num_threads(1)
+osp.builtin_model(0), osp.load_preferences(None, "ood")  # what each run would otherwise import and make anew
+base, *moments = sys.argv[1:]
+
+def run(folder, moment, *more):
+    if pid := os.fork():
+        return os.waitpid(pid, 0)[1]
+    if moment:  # the n-th call of a function of osp.py, or of os, is met by the signal
+        name, n, number = moment.split(":")
+        owner = os if name == "replace" else osp
+        real, calls = getattr(owner, name), []
+
+        def met(*args, **more):
+            calls.append(1)
+            if len(calls) == int(n):
+                if name == "log_step":
+                    with args[0].open("a") as file:
+                        file.write('{"step": 1, "lo')  # half a line
+                os.kill(os.getpid(), int(number))
+            return real(*args, **more)
+
+        setattr(owner, name, met)
+    code = 99
+    try:
+        osp.main([*ARGUMENTS, "--output_dir", f"{base}/{folder}/run", "--sft_cache_dir", f"{base}/{folder}/cache", *more])
+        code = 0
+    except osp.Stop as stop:
+        print(stop, flush=True)
+        code = stop.code
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+print("status", run("alone", ""), flush=True)
+for i, moment in enumerate([*moments, ""]):
+    print("status", run("killed", moment, *["--resume_from_checkpoint", "latest"] * (i > 0)), flush=True)
+"""
+
+
+def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path):
+    """Real processes, real signals: in SFT, while its model and checkpoints are written, in a step, in half a line of
+    metrics.jsonl, while the final model is put in its place; and Ctrl-C and SIGTERM, which save a checkpoint first."""
+    moments = ["supervised_tasks:4:9", "write_manifest:1:9", "supervised_tasks:2:2", "write_manifest:2:9", "log_step:4:9", "write_manifest:1:9", "update:2:15",
+               "replace:7:9"]
+    driver = f"ARGUMENTS = {[*QUICK, '--sft_max_steps', '7', '--save_total_limit', '2']}" + DRIVER
+    done = subprocess.run([sys.executable, "-c", driver, str(tmp_path), *moments], capture_output=True, text=True, cwd=Path(osp.__file__).parent, timeout=300,
+                          env={**os.environ, "TQDM_DISABLE": "1", "OMP_NUM_THREADS": "1"})
+    statuses = [int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("status")]
+    assert statuses == [0] + [130 << 8 if moment.endswith((":2", ":15")) else 9 for moment in moments] + [0], done.stdout + done.stderr
+    assert "interrupted; sft-checkpoint-4 is saved" in done.stdout and done.stdout.count("interrupted; checkpoint-") == 1
+    for name in ("metrics.jsonl", "summary.json"):
+        alone, killed = ((tmp_path / folder / "run" / name).read_text() for folder in ("alone", "killed"))
+        read = lambda text: [{k: v for k, v in json.loads(part).items() if not k.startswith(CLOCK)} for part in (text.splitlines() if name.endswith("l") else [text])]
+        assert read(alone) == read(killed)
+    trees = [{path.relative_to(tmp_path / folder).as_posix(): path for path in (tmp_path / folder).rglob("*")} for folder in ("alone", "killed")]
+    assert trees[0].keys() == trees[1].keys() and not any("partial" in path or "sft-checkpoint" in path for path in trees[0])
+    assert trees[0]["run/model.safetensors"].read_bytes() == trees[1]["run/model.safetensors"].read_bytes()
+    assert osp.checkpoints(tmp_path / "alone" / "run") == [tmp_path / "alone" / "run" / f"checkpoint-{step}" for step in (2, 4)]
+
+
+def test_a_damaged_checkpoint_and_a_full_disk(tmp_path, monkeypatch, capsys):
+    """One flipped bit is seen; `latest` goes on from an older checkpoint; a full disk costs no older one."""
+    alone, output = run(tmp_path), tmp_path / "run"
+    path = output / "checkpoint-4" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-9] + b"X" + path.read_bytes()[-8:])
+    with pytest.raises(osp.Stop, match=r"checkpoint-4' is damaged: give .*checkpoint-2'"):
+        run(tmp_path, "--resume_from_checkpoint", str(output / "checkpoint-4"))
+
+    for error in (OSError(28, "No space left on device"), RuntimeError("file write failed"), osp.SafetensorError("No space")):  # Python's, torch's, safetensors'
+        def full(model, tokenizer, folder):
+            (folder.mkdir(), (folder / "config.json").write_text("half"))
+            raise error
+
+        with pytest.raises(osp.Stop, match="Cannot write .*final.*make room") as stop:
+            with mock.patch.object(osp, "save_model", full):
+                osp.save_final(None, None, output)
+        assert stop.value.code == 1 and not list(output.glob(".*"))
+    monkeypatch.setattr(osp, "save_checkpoint", lambda loop, step, real=osp.save_checkpoint, full=full: mock.patch.object(osp, "save_model", full)(real)(loop, step))
+    with pytest.raises(osp.Stop, match="Cannot write .*checkpoint-4"):
+        run(tmp_path, "--resume_from_checkpoint", "latest")
+    assert "checkpoint-4' is damaged: going on from" in capsys.readouterr().out
+    assert osp.checkpoints(output) == [output / "checkpoint-2"] and not list(output.glob(".*"))
+    monkeypatch.undo()
+    resumed = run(tmp_path, "--resume_from_checkpoint", "latest")
+    assert resumed[:2] == alone[:2]
+
+
 def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, capsys):
     tokenizer = TOKENIZERS["chat"]
     rotary(len(tokenizer)).to(torch.bfloat16).save_pretrained(tmp_path / "model")
@@ -608,11 +755,11 @@ def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(capsys):
     model, args = rotary(len(tokenizer)), osp.parse_arguments(["--max_new_tokens", "8"])
     prompts = [[user("hi")], [{"role": "system", "content": "s"}, user("hi")], [user("the cat sat on the mat " * 60)], [user("held")]]
     rows = datasets.Dataset.from_list([{"prompt": p} for p in prompts])
-    kept = osp.fitting_rows(tokenizer, model, args, rows, 9, "training", [osp.prompt_key(prompts[3])])
+    kept = osp.fitting_rows(tokenizer, model, args, [rows], 9, "training", [osp.prompt_key(prompts[3])])
     said = capsys.readouterr().out
     assert kept["prompt"] == [prompts[0]] and all(f"1 dropped: {why}" in said for why in ("the chat template", "too long", "its prompt is held"))
-    with pytest.raises(osp.Stop, match="No training row is left of 2"):
-        osp.fitting_rows(tokenizer, model, args, rows.select([1, 2]), 9, "training")
+    with pytest.raises(osp.Stop, match="No training row is left .1 dropped"):
+        osp.fitting_rows(tokenizer, model, args, [rows.select([1, 2])], 9, "training")
 
 
 def test_bf16_trains_fp32_weights_from_almost_the_same_start(tmp_path):
@@ -1144,6 +1291,7 @@ def evidence_picture(runs: dict, path: Path) -> None:
     for name, label, colour in (("long_spce", "SPCE", 0), ("long_dpo", "rounded strengths (DPO)", 1), ("sampled_once", "SPCE, sampled once", 2),
                                 ("offline_spce", "offline SPCE", 4), ("offline_dpo", "offline DPO", 3)):
         curves(frontier, name, "kl", "gold_reward", label, colours[colour])
+    frontier.set_xscale("symlog", linthresh=5)
     frontier.set(title="gold reward against KL over training", xlabel="KL from SFT, nats", ylabel="gold reward")
     sizes = [(n, runs[name]) for n, name in ((50, "prompts_50"), (100, "prompts_100"), (200, "spce"), (400, "prompts_400"), (800, "prompts_800")) if name in runs]
     for key, label in (("win_rate_vs_sft", "held-out"), ("ood_win_rate_vs_sft", "out of domain")):
@@ -1154,11 +1302,12 @@ def evidence_picture(runs: dict, path: Path) -> None:
     for i, level in enumerate(("00", "20", "40")):
         curves(noise, f"noise_{level}_spce", "step", "gold_reward", f"SPCE, {int(level)}% noise", colours[i])
         curves(noise, f"noise_{level}_drawn", "step", "gold_reward", f"drawn labels, {int(level)}%", colours[i], "--")
-    noise.set(title="noisy verdicts on fixed pairs", xlabel="step", ylabel="gold reward")
+    noise.set(title="noisy verdicts on fixed pairs", xlabel="step", ylabel="gold reward", ylim=(0.1, 2.6))
     for source, label in (("data", "the data's pairs"), ("sft", "SFT's responses"), ("policy", "the policy's responses")):
-        rows = [row for run in runs["spce"] for row in run["judged"] if row["on"] == source]
-        bins = [[row for row in rows if row["strength"] // 0.1 == b] for b in range(10)]
-        judge.plot(*zip(*[np.mean([(row["strength"], row["truth"]) for row in found], axis=0) for found in bins if len(found) >= 20]), marker="o", label=label)
+        rows = [(row["strength"], row["truth"]) for run in runs["spce"] for row in run["judged"] if row["on"] == source]
+        rows += [(1 - p, 1 - truth) for p, truth in rows]  # a pair the other way round; else the data's chosen ones stand first
+        bins = [[row for row in rows if row[0] // 0.1 == b] for b in range(10)]
+        judge.plot(*zip(*[np.mean(found, axis=0) for found in bins if len(found) >= 20]), marker="o", label=label)
     judge.plot([0, 1], [0, 1], color="grey", linewidth=1)
     judge.set(title="reliability of the frozen judge", xlabel="its strength", ylabel="true strength (mean of a tenth)")
     for axes in (frontier, prompts, noise, judge):
