@@ -23,6 +23,7 @@ import copy
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -41,9 +42,12 @@ import datasets
 import jinja2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -92,7 +96,7 @@ class Arguments:
     num_train_prompts: int = HfArg(default=200, help="distinct prompts that OSP trains on")
     num_train_epochs: int = HfArg(default=3, help="passes over these prompts")
     max_steps: int = HfArg(default=-1, help="end after so many OSP steps; -1: when the epochs are done")
-    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step")
+    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step, of all processes together")
     learning_rate: float = HfArg(default=1e-6, help="peak learning rate of OSP")
     lr_scheduler_type: str = HfArg(default="linear", help="linear, cosine, constant or constant_with_warmup")
     warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
@@ -438,19 +442,20 @@ def supervised_finetune(model, tokenizer, train: datasets.Dataset, args: Argumen
     sizes = [len(chosen) + len(rejected) for chosen, rejected in zip(train["chosen"], train["rejected"])]
     by_size = sorted(range(len(train)), key=sizes.__getitem__)
     model.train()
-    for step in (bar := tqdm(range(args.sft_max_steps), desc="SFT")):
+    for step in (bar := tqdm(range(args.sft_max_steps), desc="SFT", disable=RANK > 0)):
         easy = step < args.sft_max_steps * SFT_EASY_STEPS
         allowed = by_size[: math.ceil(len(train) * SFT_EASY_ROWS)] if easy else by_size
         batch = train[[allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]]
         losses = {}
         for task, (prompt_ids, target_ids) in supervised_tasks(tokenizer, batch, limit, args).items():
             order, tokens = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])), sum(map(len, target_ids))
-            for rows in chunks(order, args.micro_batch_size):
+            for rows, weight in own_chunks(order, args.micro_batch_size):
                 prompts, targets = [prompt_ids[i] for i in rows], [target_ids[i] for i in rows]
                 with precision(model, args):
                     logps = response_logps(model, prompts, targets, pad, len(rows))
-                (loss := -logps.sum() / tokens).backward()
+                (loss := -weight * logps.sum() / tokens).backward()
                 losses[task] = losses.get(task, 0.0) + loss.item()
+        losses = {task: sum(collected([loss])) / WORLD for task, loss in losses.items()}
         optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
         bar.set_postfix_str(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()), refresh=False)
 
@@ -509,12 +514,14 @@ def bf16_copy(model):
 
 def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
     """`sample`, a few prompts at a time; with --bf16 from a bf16 copy of the policy as it stands."""
-    if args.bf16 and next(model.parameters()).dtype == torch.float32:
+    if args.bf16 and next(model.parameters()).dtype == torch.float32 and not isinstance(model, FSDPModule):
         model = bf16_copy(model)
     stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
     size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
-    parts = zip(chunks(prompt_ids, size), noise.split(size))
-    return [rows for ids, u in parts for rows in sample(model, ids, u, args.temperature, stops, pad)]
+    draw = lambda ids, u: sample(model, ids, u, args.temperature, stops, pad)
+    parts = divided(model, lambda rows: draw(prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop]),
+                    range(len(prompt_ids)), size)
+    return [rows for part in parts for rows in part]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -563,9 +570,13 @@ def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: 
     questions = encode_questions(tokenizer, list(prompts) * 2, ones + twos, twos + ones, context_length(judge))
     questions = list(map(tuple, questions))
     judge.eval()
-    for rows in chunks(shared_heads(set(questions) - asked.keys()), micro_batch_size):
+
+    def answers(rows: Sequence) -> dict[tuple, float]:
         logits = last_logits(judge, rows, pad_token_id(tokenizer))[:, verdicts]
-        asked.update(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
+        return dict(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
+
+    for part in divided(judge, answers, shared_heads(set(questions) - asked.keys()), micro_batch_size):
+        asked.update(part)
     first = torch.tensor([asked[ids] for ids in questions])
     if not first.isfinite().all():
         raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
@@ -669,7 +680,10 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int)
     values serve all of them and carry their gradients back. Not so with gradient checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
     distinct = len(set(map(tuple, prompt_ids)))
-    if distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
+    alone = distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing
+    if isinstance(model, FSDPModule) and torch.is_grad_enabled():
+        alone = any(collected([alone]))  # sharded passes are done together, so all processes need the same number
+    if alone:
         logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
     else:
         cache, first, _ = prefill(model, prompt_ids, pad)
@@ -686,9 +700,12 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_to
 
     Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i], len(response_ids[i])))
-    sums = [token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
-            for rows in chunks(order, micro_batch_size)]
-    return torch.cat(sums)[torch.tensor(order, device=model.device).argsort()]
+    part = lambda rows: token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
+    if torch.is_grad_enabled():
+        sums = [part(rows) for rows in chunks(order, micro_batch_size)]
+    else:
+        sums = divided(model, lambda rows: part(rows).cpu(), order, micro_batch_size)
+    return torch.cat(sums).to(model.device)[torch.tensor(order, device=model.device).argsort()]
 
 
 class Pairs(NamedTuple):
@@ -708,22 +725,23 @@ def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int
     Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
     pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
     policy.train()
-    P, losses, margins, log_ratios = len(pairs.strength), [], [], []
-    for rows in chunks(range(P), max(1, args.micro_batch_size // 2)):
+    P, done = len(pairs.strength), []
+    for rows, weight in own_chunks(range(P), max(1, args.micro_batch_size // 2)):
         prompt_ids, chosen_ids, rejected_ids, strength, *refs = (column[rows.start : rows.stop] for column in pairs)
         with precision(policy, args):
             logps = response_logps(policy, prompt_ids * 2, chosen_ids + rejected_ids, pad, args.micro_batch_size)
         loss = spce_loss(*logps.chunk(2), *refs, strength, args.beta)
-        (loss.sum() / P).backward()
-        losses.append(loss.detach())
-        margins.append(implicit_margin(*logps.detach().chunk(2), *refs, args.beta))
-        log_ratios.append(logps.detach() - torch.cat(refs))
-    loss, margin, strength = torch.cat(losses).mean().item(), torch.cat(margins), pairs.strength
+        (weight * loss.sum() / P).backward()
+        logps = logps.detach()
+        figures = loss.detach(), implicit_margin(*logps.chunk(2), *refs, args.beta), logps - torch.cat(refs)
+        done += [[figure.cpu() for figure in figures]] if weight else []
+    losses, margin, log_ratios = map(torch.cat, zip(*collected(done)))
+    loss, strength = losses.mean().item(), pairs.strength.cpu()
     agree = ((margin > 0) == (strength > 0.5))[strength != 0.5].float()
     grad_norm = optimizer_step(policy, optimizer, scheduler, loss, args, f"step {step + 1}")
     return {"loss": loss, "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
             "margin": margin.mean().item(), "margin_accuracy": agree.mean().item() if len(agree) else 0.5,
-            "kl": torch.cat(log_ratios).mean().item(), "grad_norm": grad_norm}
+            "kl": log_ratios.mean().item(), "grad_norm": grad_norm}
 
 
 def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Arguments):
@@ -735,7 +753,7 @@ def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Argume
 
 def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, where: str) -> float:
     """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop rather than write a NaN."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left as they were: "
                    "lower the learning rate, or go on with --resume_from_checkpoint latest.", code=1)
@@ -829,26 +847,30 @@ def written_whole(path: Path) -> Iterator[Path]:
     scratch = path.with_name(f".{path.name}.{os.getpid()}.partial")
     path.parent.mkdir(parents=True, exist_ok=True)
     yield scratch
-    shutil.rmtree(path, ignore_errors=True)  # a folder cannot be moved onto another one; a file can
-    os.replace(scratch, path)
+    if RANK == 0:
+        shutil.rmtree(path, ignore_errors=True)  # a folder cannot be moved onto another one; a file can
+        os.replace(scratch, path)
 
 
 def write_json(path: Path, value: dict) -> None:
     """One flat JSON object."""
     with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        if RANK == 0:
+            scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """What plain `from_pretrained` loads: config, generation_config, safetensors, tokenizer and chat template."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    once: dict = {}  # tied weights stay one tensor
+    weights = {k: once.setdefault(id(v), whole(v.detach())) for k, v in model.state_dict(keep_vars=True).items()}
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def load_weights(folder: Path, model):
-    """A model like `model`, in fp32, with the weights that `save_model` wrote."""
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
-    return loaded.to(model.device)
+    """A model like `model`, in fp32, on the CPU, with the weights that `save_model` wrote."""
+    return type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
 
 
 def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
@@ -869,37 +891,43 @@ def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> s
 
 def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, args: Arguments):
     """The SFT model, and whether it was found in the cache; it is made and put there if not. The key is the fingerprint
-    `inputs`, the text of this file, and the libraries' versions."""
-    code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
+    `inputs`, the text of this file, the libraries' versions, and the number of processes, which rounds differently."""
+    code = Path(__file__).read_bytes() + f"{inputs} {WORLD} {torch.__version__} {transformers.__version__}".encode()
     folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
     if (folder / "config.json").is_file():
         with suppress(OSError, SafetensorError):  # a damaged one is made anew
-            return load_weights(folder, model), True
-    supervised_finetune(model, tokenizer, train, args)
+            return load_weights(folder, model).to(model.device), True
+    supervised_finetune(shard(model, args), tokenizer, train, args)
     with written_whole(folder) as scratch:
         save_model(model, tokenizer, scratch)
-    return model, False
+    wait_for_all()
+    return (load_weights(folder, model) if WORLD > 1 else model), False  # the sharded one, whole again
 
 
 def save_checkpoint(folder: Path, step: int, policy, tokenizer, optimizer, scheduler, inputs: str, args: Arguments) -> None:
     """checkpoint-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step)."""
     with written_whole(folder / f"checkpoint-{step}") as scratch:
         save_model(policy, tokenizer, scratch)
-        state = {"step": step, "optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict(),
+        state = {"step": step, "optimizer": whole(optimizer.state_dict()), "scheduler": scheduler.state_dict(),
                  "rng": torch.get_rng_state(), "inputs": inputs}
-        torch.save(state, scratch / "training_state.pt")
+        if RANK == 0:
+            torch.save(state, scratch / "training_state.pt")
         write_json(scratch / "arguments.json", vars(args))
 
 
 def load_checkpoint(folder: Path, model, optimizer, scheduler, inputs: str) -> int:
     """Weights, optimiser, schedule and random state as they were; returns the steps done. Raises Stop."""
     try:
-        model.load_state_dict(load_weights(folder, model).state_dict())
+        weights, own = load_weights(folder, model).state_dict(), model.state_dict()
+        model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
         state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
         raise Stop(damaged(folder, error)) from error
     if state["inputs"] != inputs:
         raise Stop(f"{str(folder)!r} was written with other data or another start model: start a new --output_dir.")
+    parameters = list(model.parameters())
+    for i, moments in state["optimizer"]["state"].items():
+        moments |= {name: sharded_like(parameters[i], value) for name, value in moments.items()}
     optimizer.load_state_dict(state["optimizer"])
     scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
@@ -960,6 +988,8 @@ def check_output(args: Arguments, checkpoint: Path | None) -> Path:
 
 def clear_output(output: Path) -> None:
     """Removes the older run, and nothing that this program did not write."""
+    if RANK > 0:
+        return
     for old in checkpoints(output):
         shutil.rmtree(old)
     for name in ("metrics.jsonl", "summary.json"):
@@ -968,6 +998,8 @@ def clear_output(output: Path) -> None:
 
 def keep_metrics(path: Path, steps: int) -> None:
     """Keeps the lines of the first `steps` steps: a resumed run does the later ones again."""
+    if RANK > 0:
+        return
     lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
     with written_whole(path) as scratch:
         scratch.write_text("".join(lines))
@@ -1030,6 +1062,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs OSP with the command line's arguments; returns the figures of summary.json."""
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
+    device = start_process()
     args = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
     output = check_output(args, checkpoint)
@@ -1038,8 +1071,9 @@ def main(argv: list[str] | None = None) -> dict:
     other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
     for model, words in filter(None, [(sft, tokenizer), other_judge]):
         verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to("cpu" if WORLD > 1 and model is sft else device)  # one that will be sharded may not fit a device whole
     data = load_data(tokenizer, sft, other_judge, args)
+    wait_for_all()  # none may write before the others have looked at what is there
     if checkpoint is None:
         clear_output(output)
     write_json(output / "arguments.json", vars(args))
@@ -1052,6 +1086,7 @@ def main(argv: list[str] | None = None) -> dict:
             sft, cached = cached_sft(sft, tokenizer, data.train, inputs, args)
     policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
     sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
+    policy, sft = shard(policy, args), sft.to(device)  # pi_SFT is whole in every process: its bf16 weights fit
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
@@ -1061,7 +1096,7 @@ def main(argv: list[str] | None = None) -> dict:
     keep_metrics(output / "metrics.jsonl", done)
 
     with timed(seconds, "osp"):
-        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
+        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP", disable=RANK > 0)):
             metrics = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             log_step(output / "metrics.jsonl", metrics, bar)
             if (step + 1) % args.save_steps == 0 and step + 1 < steps:
@@ -1085,6 +1120,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
     """One line of metrics.jsonl, and the figures that matter on the progress bar."""
+    if RANK > 0:
+        return
     with path.open("a") as file:
         file.write(json.dumps(metrics, allow_nan=False) + "\n")
     if metrics["pairs"] == 0:
@@ -1340,11 +1377,120 @@ def parse_pair(row: dict) -> Parsed:
     return shared[:cut].rstrip(), chosen[cut:], rejected[cut:]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 15. Several processes: each does a share of the passes, and keeps a share of the policy's training state (torch's FSDP2)
+# ----------------------------------------------------------------------------------------------------------------------
+# Under torchrun all processes run this same program on the same data. What they compute for each other is exchanged at
+# once, so that all know all responses, verdicts and pairs, and take the same decisions.
+RANK, WORLD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if dist.is_torchelastic_launched() else (0, 1)
+
+
+def start_process() -> str:
+    """Joins the processes that torchrun started, if it did, of which the first alone prints; returns the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1:
+        if device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        datasets.disable_progress_bars()
+        transformers.utils.logging.set_verbosity_error()
+    return device
+
+
+def wait_for_all() -> None:
+    """Returns when all processes have come here."""
+    if WORLD > 1:
+        dist.barrier()
+
+
+def first_to_stop() -> bool:
+    """Whether no other process has said its last sentence: where all raise the same Stop, one says it."""
+    return WORLD == 1 or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
+
+
+def collected(share: list) -> list:
+    """Items 0, N, 2N ... of process 0, items 1, N + 1 ... of process 1, and so on -> all items, in every process."""
+    if WORLD == 1:
+        return share
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, share)
+    return [item for items in itertools.zip_longest(*shares) for item in items if item is not None]
+
+
+def share_size(items: Sequence, most: int) -> int:
+    """The size of chunks, `most` or smaller, with which no process has nothing to do while another has two items."""
+    return max(1, min(most, math.ceil(len(items) / WORLD)))
+
+
+def divided(model, work: Callable[[Sequence], object], items: Sequence, size: int) -> list:
+    """What work(chunk), which may use `model` without gradients, gives for each chunk of at most `size` items: every
+    process does its share of the chunks, and all get all results."""
+    with gathered(model):
+        return collected([work(chunk) for chunk in list(chunks(items, share_size(items, size)))[RANK::WORLD]])
+
+
+def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
+    """The chunks, of at most `size` items, that this process trains on, and the weights of their losses; alone: all, 1.
+
+    FSDP averages gradients over the processes where the loss wants their sum, hence the weight N. Sharded passes are done
+    together: a process with fewer chunks than another repeats one with weight 0."""
+    parts = list(chunks(items, share_size(items, size)))
+    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
+    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
+
+
+def shard(model, args: Arguments):
+    """Divides the fp32 weights, and with them gradients and optimiser, over the processes, in place; alone: nothing.
+
+    A pass gathers the weights of one layer at a time, in bf16 with --bf16; gradients are summed in fp32."""
+    if WORLD == 1:
+        return model
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
+    for module in [*layers, model]:
+        fully_shard(module, mp_policy=policy)
+    return model
+
+
+@contextmanager
+def gathered(model) -> Iterator[None]:
+    """Within it a sharded model is whole in every process, with --bf16 in bf16: its weights are gathered once, not once a
+    token, and each process may make as many passes as it likes."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)] if WORLD > 1 else []
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def whole(value):
+    """Sharded tensors, in dictionaries or not, as ordinary ones on the CPU; all else as it is. All processes must call it."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The inverse of `whole`: this process's part of `value` where `own` is sharded, and of the same shape."""
+    if not isinstance(own, DTensor) or own.shape != value.shape:
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
 if __name__ == "__main__":
     try:
         main()
+        if WORLD > 1:
+            dist.destroy_process_group()
     except Stop as stop:
-        print(f"osp: {stop}", file=sys.stderr)
+        if first_to_stop():
+            print(f"osp: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
         sys.exit("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
