@@ -6,6 +6,7 @@ One language model answers, judges its own answers, and learns from how STRONGLY
 
     python osp.py                                           the built-in task, whose truth is known; minutes on a CPU
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
+    torchrun --nproc_per_node N osp.py ...                  the same, divided over N processes, on a GPU each (section 15)
 
 The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
 reconstruction, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
@@ -700,8 +701,11 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_to
 
     Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i], len(response_ids[i])))
-    part = lambda rows: token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
-    if torch.is_grad_enabled():
+
+    def part(rows: Sequence[int]) -> torch.Tensor:
+        return token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
+
+    if torch.is_grad_enabled():  # an update, whose micro-batches are divided already
         sums = [part(rows) for rows in chunks(order, micro_batch_size)]
     else:
         sums = divided(model, lambda rows: part(rows).cpu(), order, micro_batch_size)
@@ -891,8 +895,8 @@ def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> s
 
 def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, args: Arguments):
     """The SFT model, and whether it was found in the cache; it is made and put there if not. The key is the fingerprint
-    `inputs`, the text of this file, the libraries' versions, and the number of processes, which rounds differently."""
-    code = Path(__file__).read_bytes() + f"{inputs} {WORLD} {torch.__version__} {transformers.__version__}".encode()
+    `inputs`, the text of this file, and the libraries' versions."""
+    code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
     folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
     if (folder / "config.json").is_file():
         with suppress(OSError, SafetensorError):  # a damaged one is made anew
@@ -1086,7 +1090,7 @@ def main(argv: list[str] | None = None) -> dict:
             sft, cached = cached_sft(sft, tokenizer, data.train, inputs, args)
     policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
     sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
-    policy, sft = shard(policy, args), sft.to(device)  # pi_SFT is whole in every process: its bf16 weights fit
+    policy, sft = shard(policy, args), shard(sft, args)  # alone: nothing
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
@@ -1407,7 +1411,7 @@ def wait_for_all() -> None:
 
 def first_to_stop() -> bool:
     """Whether no other process has said its last sentence: where all raise the same Stop, one says it."""
-    return WORLD == 1 or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
+    return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
 
 
 def collected(share: list) -> list:
@@ -1442,9 +1446,9 @@ def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
 
 
 def shard(model, args: Arguments):
-    """Divides the fp32 weights, and with them gradients and optimiser, over the processes, in place; alone: nothing.
+    """Divides a model's weights, and with them gradients and optimiser, over the processes, in place; alone: nothing.
 
-    A pass gathers the weights of one layer at a time, in bf16 with --bf16; gradients are summed in fp32."""
+    An update gathers them a layer at a time, in bf16 with --bf16, and sums the gradients in fp32; see also `gathered`."""
     if WORLD == 1:
         return model
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
@@ -1493,4 +1497,5 @@ if __name__ == "__main__":
             print(f"osp: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        sys.exit("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.")
+        resume = "osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint."
+        sys.exit(resume if first_to_stop() else 1)
