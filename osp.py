@@ -1392,7 +1392,7 @@ RANK, WORLD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if dist.i
 def start_process() -> str:
     """Joins the processes that torchrun started, if it did, of which the first alone prints; returns the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1:
+    if WORLD > 1 and not dist.is_initialized():
         if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
