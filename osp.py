@@ -6,7 +6,7 @@ One language model answers, judges its own answers, and learns from how STRONGLY
 
     python osp.py                                           the built-in task, whose truth is known; minutes on a CPU
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
-    torchrun --nproc_per_node N osp.py ...                  the same, divided over N processes, on a GPU each (section 15)
+    torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each (section 15)
 
 The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
 reconstruction, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
@@ -519,10 +519,12 @@ def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tenso
         model = bf16_copy(model)
     stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
     size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
-    draw = lambda ids, u: sample(model, ids, u, args.temperature, stops, pad)
-    parts = divided(model, lambda rows: draw(prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop]),
-                    range(len(prompt_ids)), size)
-    return [rows for part in parts for rows in part]
+
+    def draw(rows: range) -> list[list[Ids]]:
+        ids, u = prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop]
+        return sample(model, ids, u, args.temperature, stops, pad)
+
+    return [responses for part in divided(model, draw, range(len(prompt_ids)), size) for responses in part]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -904,7 +906,7 @@ def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, args: Arg
     supervised_finetune(shard(model, args), tokenizer, train, args)
     with written_whole(folder) as scratch:
         save_model(model, tokenizer, scratch)
-    wait_for_all()
+    collected([])  # waits for the file
     return (load_weights(folder, model) if WORLD > 1 else model), False  # the sharded one, whole again
 
 
@@ -1077,7 +1079,7 @@ def main(argv: list[str] | None = None) -> dict:
         verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
         model.to("cpu" if WORLD > 1 and model is sft else device)  # one that will be sharded may not fit a device whole
     data = load_data(tokenizer, sft, other_judge, args)
-    wait_for_all()  # none may write before the others have looked at what is there
+    collected([])  # waits: none may write before the others have looked at what is there
     if checkpoint is None:
         clear_output(output)
     write_json(output / "arguments.json", vars(args))
@@ -1382,7 +1384,7 @@ def parse_pair(row: dict) -> Parsed:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# 15. Several processes: each does a share of the passes, and keeps a share of the policy's training state (torch's FSDP2)
+# 15. Several processes: each does a share of the passes, and keeps a share of the training state (torch's FSDP2)
 # ----------------------------------------------------------------------------------------------------------------------
 # Under torchrun all processes run this same program on the same data. What they compute for each other is exchanged at
 # once, so that all know all responses, verdicts and pairs, and take the same decisions.
@@ -1403,12 +1405,6 @@ def start_process() -> str:
     return device
 
 
-def wait_for_all() -> None:
-    """Returns when all processes have come here."""
-    if WORLD > 1:
-        dist.barrier()
-
-
 def first_to_stop() -> bool:
     """Whether no other process has said its last sentence: where all raise the same Stop, one says it."""
     return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
@@ -1423,26 +1419,21 @@ def collected(share: list) -> list:
     return [item for items in itertools.zip_longest(*shares) for item in items if item is not None]
 
 
-def share_size(items: Sequence, most: int) -> int:
-    """The size of chunks, `most` or smaller, with which no process has nothing to do while another has two items."""
-    return max(1, min(most, math.ceil(len(items) / WORLD)))
+def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
+    """The chunks, of at most `size` items, that this process works on, and the weights of their losses; alone: all, 1.
+
+    FSDP averages gradients over the processes where the loss wants their sum, hence the weight N. Sharded passes are done
+    together: a process with fewer chunks than another repeats one with weight 0."""
+    parts = list(chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))))
+    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
+    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
 
 
 def divided(model, work: Callable[[Sequence], object], items: Sequence, size: int) -> list:
     """What work(chunk), which may use `model` without gradients, gives for each chunk of at most `size` items: every
     process does its share of the chunks, and all get all results."""
     with gathered(model):
-        return collected([work(chunk) for chunk in list(chunks(items, share_size(items, size)))[RANK::WORLD]])
-
-
-def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
-    """The chunks, of at most `size` items, that this process trains on, and the weights of their losses; alone: all, 1.
-
-    FSDP averages gradients over the processes where the loss wants their sum, hence the weight N. Sharded passes are done
-    together: a process with fewer chunks than another repeats one with weight 0."""
-    parts = list(chunks(items, share_size(items, size)))
-    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
-    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
+        return collected([work(chunk) for chunk, weight in own_chunks(items, size) if weight])
 
 
 def shard(model, args: Arguments):
@@ -1461,8 +1452,8 @@ def shard(model, args: Arguments):
 
 @contextmanager
 def gathered(model) -> Iterator[None]:
-    """Within it a sharded model is whole in every process, with --bf16 in bf16: its weights are gathered once, not once a
-    token, and each process may make as many passes as it likes."""
+    """Within it a sharded model is whole in every process, with --bf16 in bf16: its weights are gathered once, not once
+    a token, and each process may make as many passes as it likes."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)] if WORLD > 1 else []
     for unit in units:
         unit.unshard()
@@ -1474,7 +1465,7 @@ def gathered(model) -> Iterator[None]:
 
 
 def whole(value):
-    """Sharded tensors, in dictionaries or not, as ordinary ones on the CPU; all else as it is. All processes must call it."""
+    """Sharded tensors, alone or in dictionaries, as ordinary ones on the CPU; all else as it is. All must call it."""
     if isinstance(value, dict):
         return {key: whole(item) for key, item in value.items()}
     return value.full_tensor().cpu() if isinstance(value, DTensor) else value

@@ -593,8 +593,9 @@ def test_two_processes_do_what_one_does(tmp_path, capsys):
     each resumes what the other wrote. Figures agree to 1e-4 (measured: 1e-5), gradients to 1e-5, and weights to 1e-4 (4e-6)."""
     more = ["--per_device_train_batch_size", "3", "--num_generations", "2", "--num_train_prompts", "4", "--save_steps", "1", "--micro_batch_size", "4",
             "--beta", "1"]
-    def differences(one, two):
-        timeless = [{k: v for k, v in figures.items() if not k.startswith(CLOCK)} for figures in (one, two)]
+
+    def differences(one, two):  # before the first update all margins are rounding errors, and their signs anyone's
+        timeless = [{k: v for k, v in figures.items() if not k.startswith((*CLOCK, "margin_accuracy"))} for figures in (one, two)]
         assert timeless[0].keys() == timeless[1].keys()
         return max(abs(v - timeless[1][k]) for k, v in timeless[0].items())
 
