@@ -1395,9 +1395,11 @@ def start_process() -> str:
     """Joins the processes that torchrun started, if it did, of which the first alone prints; returns the device."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if WORLD > 1 and not dist.is_initialized():
-        if device == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= (gpus := torch.cuda.device_count()):
+                raise Stop(f"There are more processes than GPUs here ({gpus}): give torchrun a smaller --nproc_per_node.")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
         datasets.disable_progress_bars()
@@ -1442,11 +1444,11 @@ def shard(model, args: Arguments):
     An update gathers them a layer at a time, in bf16 with --bf16, and sums the gradients in fp32; see also `gathered`."""
     if WORLD == 1:
         return model
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
     lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
     layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
     for module in [*layers, model]:
-        fully_shard(module, mp_policy=policy)
+        fully_shard(module, mp_policy=mixed)
     return model
 
 
