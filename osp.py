@@ -6,6 +6,7 @@ One language model answers, judges its own answers, and learns from how STRONGLY
 
     python osp.py                                           the built-in task, whose truth is known; minutes on a CPU
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
+    torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each (section 15)
 
 The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
 reconstruction, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
@@ -43,9 +44,12 @@ import datasets
 import jinja2
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm.auto import tqdm
 from transformers.hf_argparser import HfArg, HfArgumentParser
 
@@ -103,7 +107,7 @@ class Arguments:
     num_train_prompts: int = HfArg(default=200, help="distinct prompts that OSP trains on")
     num_train_epochs: int = HfArg(default=3, help="passes over these prompts")
     max_steps: int = HfArg(default=-1, help="end after so many OSP steps; -1: when the epochs are done")
-    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step")
+    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step, of all processes together")
     learning_rate: float = HfArg(default=1e-6, help="peak learning rate of OSP")
     lr_scheduler_type: str = HfArg(default="linear", help="linear, cosine, constant or constant_with_warmup")
     warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
@@ -490,19 +494,20 @@ def supervised_finetune(model, tokenizer, train: datasets.Dataset, inputs: str, 
     sizes = [len(chosen) + len(rejected) for chosen, rejected in zip(train["chosen"], train["rejected"])]
     by_size = sorted(range(len(train)), key=sizes.__getitem__)
     model.train()
-    for step in (bar := tqdm(range(done, loop.steps), initial=done, total=loop.steps, desc="SFT")):
+    for step in (bar := tqdm(range(done, loop.steps), initial=done, total=loop.steps, desc="SFT", disable=RANK > 0)):
         easy = step < args.sft_max_steps * SFT_EASY_STEPS
         allowed = by_size[: math.ceil(len(train) * SFT_EASY_ROWS)] if easy else by_size
         batch = train[[allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]]
         losses = {}
         for task, (prompt_ids, target_ids) in supervised_tasks(tokenizer, batch, limit, args).items():
             order, tokens = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])), sum(map(len, target_ids))
-            for rows in chunks(order, args.micro_batch_size):
+            for rows, weight in own_chunks(order, args.micro_batch_size):
                 prompts, targets = [prompt_ids[i] for i in rows], [target_ids[i] for i in rows]
                 with precision(model, args):
                     logps = response_logps(model, prompts, targets, pad, len(rows))
-                (loss := -logps.sum() / tokens).backward()
+                (loss := -weight * logps.sum() / tokens).backward()
                 losses[task] = losses.get(task, 0.0) + loss.item()
+        losses = {task: sum(collected([loss])) / WORLD for task, loss in losses.items()}
         optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
         bar.set_postfix_str(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()), refresh=False)
         end_of_step(loop, step + 1)
@@ -562,12 +567,16 @@ def bf16_copy(model):
 
 def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
     """`sample`, a few prompts at a time; with --bf16 from a bf16 copy of the policy as it stands."""
-    if args.bf16 and next(model.parameters()).dtype == torch.float32:
+    if args.bf16 and next(model.parameters()).dtype == torch.float32 and not isinstance(model, FSDPModule):
         model = bf16_copy(model)
     stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
     size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
-    parts = zip(chunks(prompt_ids, size), noise.split(size))
-    return [rows for ids, u in parts for rows in sample(model, ids, u, args.temperature, stops, pad)]
+
+    def draw(rows: range) -> list[list[Ids]]:
+        ids, u = prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop]
+        return sample(model, ids, u, args.temperature, stops, pad)
+
+    return [responses for part in divided(model, draw, range(len(prompt_ids)), size) for responses in part]
 
 
 def candidates(policy, sft, tokenizer, prompts: list[Prompt], prompt_ids: list[Ids], noise: torch.Tensor, data: Data,
@@ -651,9 +660,13 @@ def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: 
     columns = (list(prompts) * 2, ones + twos, twos + ones) if both else (list(prompts), ones, twos)
     questions = list(map(tuple, encode_questions(tokenizer, *columns, context_length(judge))))
     judge.eval()
-    for rows in chunks(shared_heads(set(questions) - asked.keys()), micro_batch_size):
+
+    def answers(rows: Sequence) -> dict[tuple, float]:
         logits = last_logits(judge, rows, pad_token_id(tokenizer))[:, verdicts]
-        asked.update(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
+        return dict(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
+
+    for part in divided(judge, answers, shared_heads(set(questions) - asked.keys()), micro_batch_size):
+        asked.update(part)
     first = torch.tensor([asked[ids] for ids in questions])
     if not first.isfinite().all():
         raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
@@ -779,7 +792,10 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int)
     values serve all of them and carry their gradients back. Not so with gradient checkpointing, which keeps no cache."""
     inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
     distinct = len(set(map(tuple, prompt_ids)))
-    if distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing:
+    alone = distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing
+    if isinstance(model, FSDPModule) and torch.is_grad_enabled():
+        alone = any(collected([alone]))  # sharded passes are done together, so all processes need the same number
+    if alone:
         logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
     else:
         cache, first, _ = prefill(model, prompt_ids, pad)
@@ -796,9 +812,15 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_to
 
     Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i], len(response_ids[i])))
-    sums = [token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
-            for rows in chunks(order, micro_batch_size)]
-    return torch.cat(sums)[torch.tensor(order, device=model.device).argsort()]
+
+    def part(rows: Sequence[int]) -> torch.Tensor:
+        return token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
+
+    if torch.is_grad_enabled():  # an update, whose micro-batches are divided already
+        sums = [part(rows) for rows in chunks(order, micro_batch_size)]
+    else:
+        sums = divided(model, lambda rows: part(rows).cpu(), order, micro_batch_size)
+    return torch.cat(sums).to(model.device)[torch.tensor(order, device=model.device).argsort()]
 
 
 class Pairs(NamedTuple):
@@ -818,22 +840,23 @@ def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int
     Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
     pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
     policy.train()
-    P, losses, margins, log_ratios = len(pairs.strength), [], [], []
-    for rows in chunks(range(P), max(1, args.micro_batch_size // 2)):
+    P, done = len(pairs.strength), []
+    for rows, weight in own_chunks(range(P), max(1, args.micro_batch_size // 2)):
         prompt_ids, chosen_ids, rejected_ids, strength, *refs = (column[rows.start : rows.stop] for column in pairs)
         with precision(policy, args):
             logps = response_logps(policy, prompt_ids * 2, chosen_ids + rejected_ids, pad, args.micro_batch_size)
         loss = pair_loss(args.loss_type, *logps.chunk(2), *refs, strength, args.beta)
-        (loss.sum() / P).backward()
-        losses.append(loss.detach())
-        margins.append(implicit_margin(*logps.detach().chunk(2), *refs, args.beta))
-        log_ratios.append(logps.detach() - torch.cat(refs))
-    loss, margin, strength = torch.cat(losses).mean().item(), torch.cat(margins), pairs.strength
+        (weight * loss.sum() / P).backward()
+        logps = logps.detach()
+        figures = loss.detach(), implicit_margin(*logps.chunk(2), *refs, args.beta), logps - torch.cat(refs)
+        done += [[figure.cpu() for figure in figures]] if weight else []
+    losses, margin, log_ratios = map(torch.cat, zip(*collected(done)))
+    loss, strength = losses.mean().item(), pairs.strength.cpu()
     agree = ((margin > 0) == (strength > 0.5))[strength != 0.5].float()
     grad_norm = optimizer_step(policy, optimizer, scheduler, loss, args, f"step {step + 1}")
     return {"loss": loss, "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
             "margin": margin.mean().item(), "margin_accuracy": agree.mean().item() if len(agree) else 0.5,
-            "kl": torch.cat(log_ratios).mean().item(), "grad_norm": grad_norm}
+            "kl": log_ratios.mean().item(), "grad_norm": grad_norm}
 
 
 def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Arguments):
@@ -845,7 +868,7 @@ def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Argume
 
 def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, where: str) -> float:
     """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop rather than write a NaN."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm).item()
+    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left as they were: "
                    "lower the learning rate, or go on with --resume_from_checkpoint latest.", code=1)
@@ -973,6 +996,10 @@ def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
     """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half.
 
     The scratch is named after its `owner`, whose next start removes what a kill left. Raises Stop on a full disk."""
+    if RANK > 0:  # process 0 alone writes
+        with tempfile.TemporaryDirectory() as elsewhere:
+            yield Path(elsewhere) / path.name
+        return
     scratch, old = (path.with_name(f".{path.name}{owner}.{end}") for end in ("partial", "old.partial"))
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -996,6 +1023,8 @@ def cannot_write(path: Path, error: Exception) -> Stop:
 
 def remove(path: Path) -> None:
     """Removes a file or a folder, if there is one; a folder in one move, so that no half passes for a whole one."""
+    if RANK > 0:
+        return
     if path.is_dir():
         path = path.rename(path.with_name(f".{path.name.lstrip('.').removesuffix('.partial')}.partial"))
         shutil.rmtree(path, ignore_errors=True)
@@ -1006,29 +1035,33 @@ def remove(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """One JSON object."""
     with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        if RANK == 0:
+            scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
     """What plain `from_pretrained` loads: config, generation_config, safetensors, tokenizer and chat template."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    once: dict = {}  # tied weights stay one tensor
+    weights = {k: once.setdefault(id(v), whole(v.detach())) for k, v in model.state_dict(keep_vars=True).items()}
+    if RANK == 0:
+        model.save_pretrained(folder, state_dict=weights)
+        tokenizer.save_pretrained(folder)
 
 
 def save_final(model, tokenizer, output: Path) -> None:
     """The final model, in the run's folder beside its other files; summary.json, written last, says that it is whole."""
     with written_whole(output / "final") as scratch:
         save_model(model, tokenizer, scratch)
-        for path in list(scratch.iterdir()):
+        for path in list(scratch.glob("*")):
             with written_whole(output / path.name) as place:
                 os.replace(path, place)
-    (output / "final").rmdir()  # what is left of it
+    if RANK == 0:
+        (output / "final").rmdir()  # what is left of it
 
 
 def load_weights(folder: Path, model):
-    """A model like `model`, in fp32, with the weights that `save_model` wrote."""
-    loaded = type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
-    return loaded.to(model.device)
+    """A model like `model`, in fp32, on the CPU, with the weights that `save_model` wrote."""
+    return type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
 
 
 def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
@@ -1053,12 +1086,14 @@ def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, signals: 
     code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
     folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
     if cached := is_whole(folder):  # a damaged one is made anew
-        model = load_weights(folder, model)
+        model = load_weights(folder, model).to(model.device)
     else:
-        supervised_finetune(model, tokenizer, train, inputs, signals, args)
+        supervised_finetune(shard(model, args), tokenizer, train, inputs, signals, args)
         with written_whole(folder, cache_owner(args)) as scratch:
             save_model(model, tokenizer, scratch)
             write_manifest(scratch, inputs)
+        collected([])  # waits for the file
+        model = load_weights(folder, model) if WORLD > 1 else model  # the sharded one, whole again
     for checkpoint in checkpoints(Path(args.output_dir), "sft-checkpoint"):
         remove(checkpoint)
     return model, cached
@@ -1102,10 +1137,11 @@ def signals_noticed(noticed: list) -> Iterator[None]:
 
 
 def end_of_step(loop: Loop, step: int) -> None:
-    """Saves a checkpoint where one is due or a signal has come, which then ends the run."""
-    if loop.signals or step % loop.args.save_steps == 0 and step < loop.steps:
+    """Saves a checkpoint where one is due or a signal has come to any process, which then ends the run."""
+    interrupted = any(collected([bool(loop.signals)]))
+    if interrupted or step % loop.args.save_steps == 0 and step < loop.steps:
         save_checkpoint(loop, step)
-    if loop.signals:
+    if interrupted:
         raise Stop(f"interrupted; {loop.name}-{step} is saved: the same command with --resume_from_checkpoint latest "
                    "goes on from there.", code=130)
 
@@ -1116,9 +1152,10 @@ def save_checkpoint(loop: Loop, step: int) -> None:
     output = Path(loop.args.output_dir)
     with written_whole(output / f"{loop.name}-{step}") as scratch:
         save_model(loop.model, loop.tokenizer, scratch)
-        state = {"step": step, "optimizer": loop.optimizer.state_dict(), "scheduler": loop.scheduler.state_dict(),
+        state = {"step": step, "optimizer": whole(loop.optimizer.state_dict()), "scheduler": loop.scheduler.state_dict(),
                  "rng": torch.get_rng_state()}
-        torch.save(state, scratch / "training_state.pt")
+        if RANK == 0:
+            torch.save(state, scratch / "training_state.pt")
         write_json(scratch / "arguments.json", vars(loop.args))
         write_manifest(scratch, loop.inputs)
     limit = loop.args.save_total_limit or sys.maxsize
@@ -1128,8 +1165,12 @@ def save_checkpoint(loop: Loop, step: int) -> None:
 
 def load_checkpoint(folder: Path, loop: Loop) -> int:
     """Weights, optimiser, schedule and random state as they were; returns the steps done."""
-    loop.model.load_state_dict(load_weights(folder, loop.model).state_dict())
+    weights, own = load_weights(folder, loop.model).state_dict(), loop.model.state_dict()
+    loop.model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
     state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    parameters = list(loop.model.parameters())
+    for i, moments in state["optimizer"]["state"].items():
+        moments |= {name: sharded_like(parameters[i], value) for name, value in moments.items()}
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scheduler.load_state_dict(state["scheduler"])
     torch.set_rng_state(state["rng"])
@@ -1310,6 +1351,7 @@ def main(argv: list[str] | None = None) -> dict:
     """Runs OSP with the command line's arguments; returns the figures of summary.json."""
     started = time.perf_counter()
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
+    device = start_process()
     args = parse_arguments(argv)
     checkpoint = find_checkpoint(args)
     output = check_output(args, checkpoint)
@@ -1318,10 +1360,12 @@ def main(argv: list[str] | None = None) -> dict:
     other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
     for model, words in filter(None, [(sft, tokenizer), other_judge]):
         verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        model.to("cpu" if WORLD > 1 and model is sft else device)  # one that will be sharded may not fit a device whole
     data = load_data(tokenizer, sft, other_judge, args)
     seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
+    collected([])  # waits: none may write before the others have looked at what is there, nor look before that is done
     clear_output(output, checkpoint, inputs, args)
+    collected([])
     write_json(output / "arguments.json", vars(args))
 
     if args.gradient_checkpointing:
@@ -1332,6 +1376,7 @@ def main(argv: list[str] | None = None) -> dict:
             sft, cached = cached_sft(sft, tokenizer, data.train, inputs, signals, args)
     policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
     sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
+    policy, sft = shard(policy, args), shard(sft, args)  # alone: nothing
     if args.gradient_checkpointing:
         policy.activation_checkpointing_enable()
     steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
@@ -1346,7 +1391,7 @@ def main(argv: list[str] | None = None) -> dict:
     measure = lambda name: evaluate(policy, sft, tokenizer, data.gold, prompts[name], before[name], judge, args)
 
     with signals_noticed(signals), timed(seconds, "osp"):
-        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP")):
+        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP", disable=RANK > 0)):
             metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
                 with timed(metrics, "evaluate"):
@@ -1378,6 +1423,8 @@ def main(argv: list[str] | None = None) -> dict:
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
     """One line of metrics.jsonl, and the figures that matter on the progress bar."""
+    if RANK > 0:
+        return
     try:
         with path.open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
@@ -1675,13 +1722,114 @@ def parse_pair(row: dict) -> Parsed:
     return shared[:cut].rstrip(), chosen[cut:], rejected[cut:]
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# 15. Several processes: each does a share of the passes, and keeps a share of the training state (torch's FSDP2)
+# ----------------------------------------------------------------------------------------------------------------------
+# Under torchrun all processes run this same program on the same data. What they compute for each other is exchanged at
+# once, so that all know all responses, verdicts and pairs, and take the same decisions.
+RANK, WORLD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if dist.is_torchelastic_launched() else (0, 1)
+
+
+def start_process() -> str:
+    """Joins the processes that torchrun started, if it did, of which the first alone prints; returns the device."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
+        if device == "cuda":
+            if int(os.environ["LOCAL_RANK"]) >= (gpus := torch.cuda.device_count()):
+                raise Stop(f"There are more processes than GPUs here ({gpus}): give torchrun a smaller --nproc_per_node.")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        datasets.disable_progress_bars()
+        transformers.utils.logging.set_verbosity_error()
+    return device
+
+
+def first_to_stop() -> bool:
+    """Whether no other process has said its last sentence: where all raise the same Stop, one says it."""
+    return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
+
+
+def collected(share: list) -> list:
+    """Items 0, N, 2N ... of process 0, items 1, N + 1 ... of process 1, and so on -> all items, in every process."""
+    if WORLD == 1:
+        return share
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, share)
+    return [item for items in itertools.zip_longest(*shares) for item in items if item is not None]
+
+
+def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
+    """The chunks, of at most `size` items, that this process works on, and the weights of their losses; alone: all, 1.
+
+    FSDP averages gradients over the processes where the loss wants their sum, hence the weight N. Sharded passes are done
+    together: a process with fewer chunks than another repeats one with weight 0."""
+    parts = list(chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))))
+    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
+    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
+
+
+def divided(model, work: Callable[[Sequence], object], items: Sequence, size: int) -> list:
+    """What work(chunk), which may use `model` without gradients, gives for each chunk of at most `size` items: every
+    process does its share of the chunks, and all get all results."""
+    with gathered(model):
+        return collected([work(chunk) for chunk, weight in own_chunks(items, size) if weight])
+
+
+def shard(model, args: Arguments):
+    """Divides a model's weights, and with them gradients and optimiser, over the processes, in place; alone: nothing.
+
+    An update gathers them a layer at a time, in bf16 with --bf16, and sums the gradients in fp32; see also `gathered`."""
+    if WORLD == 1:
+        return model
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
+    layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
+    for module in [*layers, model]:
+        fully_shard(module, mp_policy=mixed)
+    return model
+
+
+@contextmanager
+def gathered(model) -> Iterator[None]:
+    """Within it a sharded model is whole in every process, with --bf16 in bf16: its weights are gathered once, not once
+    a token, and each process may make as many passes as it likes."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)] if WORLD > 1 else []
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    yield
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def whole(value):
+    """Sharded tensors, alone or in dictionaries, as ordinary ones on the CPU; all else as it is. All must call it."""
+    if isinstance(value, dict):
+        return {key: whole(item) for key, item in value.items()}
+    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
+
+
+def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """The inverse of `whole`: this process's part of `value` where `own` is sharded, and of the same shape."""
+    if not isinstance(own, DTensor) or own.shape != value.shape:
+        return value
+    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+
+
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C too
     try:
         main()
+        if WORLD > 1:
+            dist.destroy_process_group()
     except Stop as stop:
-        print(f"osp: {stop}", file=sys.stderr)
+        if first_to_stop():
+            print(f"osp: {stop}", file=sys.stderr)
         sys.exit(stop.code)
     except KeyboardInterrupt:
-        print("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
+        if first_to_stop():
+            print("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
         sys.exit(130)

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
@@ -801,6 +802,49 @@ def test_nan_stops_the_run_and_keeps_the_weights():
     with pytest.raises(osp.Stop) as stop:
         osp.optimizer_step(model, optimizer, scheduler, torch.tensor(float("nan")), args, "step 3")
     assert stop.value.code == 1 and "step 3" in str(stop.value) and all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
+
+
+def torchrun(folder, *runs):
+    """Runs on two CPU processes that torchrun starts, one after the other; the last one as if typed, with its exit code."""
+    (folder / "runs.py").write_text("import json, runpy, sys\nsys.path.insert(0, sys.argv[1])\nimport osp\n*runs, last = json.loads(sys.argv[2])\n"
+                                    "for run in runs:\n    osp.main(run)\nsys.argv[1:] = last\nrunpy.run_path(osp.__file__, run_name='__main__')\n")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(folder / "runs.py")]
+    return subprocess.run([*command, str(Path(osp.__file__).parent), json.dumps(runs)], capture_output=True, text=True, timeout=120,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+def test_two_processes_do_what_one_does(tmp_path, capsys):
+    """SFT, then steps of 3, 1, 3, 1 prompts with a pair each, so that the second process has none in every other step; then
+    each resumes what the other wrote. Figures agree to 1e-4 (measured: 1e-5), gradients to 1e-5, and weights to 1e-4 (4e-6)."""
+    more = ["--per_device_train_batch_size", "3", "--num_generations", "2", "--num_train_prompts", "4", "--save_steps", "1", "--micro_batch_size", "4",
+            "--beta", "1"]
+
+    def differences(one, two):  # before the first update all margins are rounding errors, and their signs anyone's
+        timeless = [{k: v for k, v in figures.items() if not k.startswith((*CLOCK, "margin_accuracy"))} for figures in (one, two)]
+        assert timeless[0].keys() == timeless[1].keys()
+        return max(abs(v - timeless[1][k]) for k, v in timeless[0].items())
+
+    alone, said = run(tmp_path / "one", *more), capsys.readouterr().out
+    shutil.copytree(tmp_path / "one", tmp_path / "back")
+    for path in (tmp_path / "back" / "run" / "summary.json", tmp_path / "back" / "run" / "checkpoint-3" / "training_state.pt"):
+        path.unlink()
+    arguments = lambda name: [*QUICK, *more, "--output_dir", str(tmp_path / name / "run"), "--sft_cache_dir", str(tmp_path / name / "cache")]
+    done = torchrun(tmp_path, arguments("two"), [*arguments("back"), "--resume_from_checkpoint", "latest"], arguments("two"))
+    assert done.returncode == 1 and done.stderr.count("already holds a run") == 1 and done.stderr.count("Traceback") == 1, done.stderr  # torchrun's
+    assert done.stdout.splitlines()[: len(said.splitlines()) - 1] == said.splitlines()[:-1] and done.stdout.count("in all. The model") == 2
+    for name in ("two", "back"):
+        lines = [json.loads(line) for line in (tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()]
+        assert [line["pairs"] for line in lines] == [3, 1, 3, 1]
+        summary = json.loads((tmp_path / name / "run" / "summary.json").read_text())
+        assert max(map(differences, [alone[0], *alone[1]], [summary, *lines])) < 1e-4 and len(lines) == 4
+        weights = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / name / "run").state_dict()
+        assert max((weights[k] - alone[2][k]).abs().max() for k in alone[2]) < 1e-4
+    states = [torch.load(tmp_path / name / "run" / "checkpoint-1" / "training_state.pt")["optimizer"]["state"] for name in ("one", "two")]
+    for one, two in zip(*(state.values() for state in states), strict=True):  # after one step, a tenth of the gradient
+        assert type(two["exp_avg"]) is torch.Tensor and (one["exp_avg"] - two["exp_avg"]).abs().max() < 1e-6 < one["exp_avg"].abs().max() / 10
+    (tmp_path / "two" / "run" / "summary.json").unlink()
+    resumed = run(tmp_path / "two", *more, "--resume_from_checkpoint", "latest")
+    assert max(map(differences, [alone[0], *alone[1]], [resumed[0], *resumed[1]])) < 1e-4 and len(resumed[1]) == 4
 
 
 # --------------------------------------------------------------------------------------------------------- wrong input
