@@ -60,7 +60,7 @@ runs/evidence/%/summary.json: | $$(if $$(filter spce,$$(name)),,runs/evidence/sp
 	@mkdir -p $(@D)
 	@OMP_NUM_THREADS=1 $(BIN)/python osp.py --seed $(seed) $(FLAGS_$(name)) --output_dir $(@D) \
 	  --resume_from_checkpoint latest > $(@D).log 2>&1 || { tail -n 3 $(@D).log; false; }
-	@echo "$(@D) done"
+	@echo "$(@D):$$(grep win_rate_vs_sft\" $@ | tail -n 1) $$(ls runs/evidence/*/summary.json | wc -l) runs finished"
 
 $(BIN)/ready: requirements.txt
 	$(PYTHON) -m venv .venv

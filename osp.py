@@ -137,10 +137,11 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
     if args.num_generations < 2:
         raise Stop(f"--num_generations is {args.num_generations}: a pair needs at least 2 responses to a prompt.")
     for field in dataclasses.fields(args):
-        least = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "label_noise": 0}.get(field.name, 1e-12)
-        value = getattr(args, field.name)
+        name, value = field.name, getattr(args, field.name)
+        least = -1 if name == "max_steps" else 0 if name in ("seed", "warmup_steps", "sft_max_steps", "label_noise") else 1e-12
         if type(value) in (int, float) and not least <= value < 2**32:
-            raise Stop(f"--{field.name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}, below 2**32.")
+            bound = "above 0" if least == 1e-12 else f"at least {least}"
+            raise Stop(f"--{name} is {value}: it must be {bound}, below 2**32.")
     if args.label_noise > 0.5:
         raise Stop(f"--label_noise is {args.label_noise}: above 1/2 the labels would say the opposite.")
     if args.labels == "data" and args.response_source != "dataset":
@@ -585,7 +586,7 @@ def candidates(policy, sft, tokenizer, prompts: list[Prompt], prompt_ids: list[I
     if args.response_source != "dataset":
         return sample_responses(policy if args.response_source == "policy" else sft, tokenizer, prompt_ids, noise, args)
     pairs = [data.pairs[prompt_key(prompt)][: args.num_generations // 2] for prompt in prompts]
-    return [encode_responses(tokenizer, [prompt] * 2 * len(rows), [text for row in rows for text in row], args.max_new_tokens)
+    return [encode_responses(tokenizer, [prompt] * 2 * len(rows), sum(map(list, rows), []), args.max_new_tokens)
             for prompt, rows in zip(prompts, pairs)]
 
 
@@ -605,21 +606,15 @@ def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str
 
 
 def candidate_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], noise: torch.Tensor, asked: dict,
-                     args: Arguments) -> list[list[float]]:
-    """What the pairs are made by: ranking_scores, as lists; for random pairs the uniform noise (B, K); for the data's own
-    pairs numbers that fall from one to the next, so that neighbours are paired."""
+                     args: Arguments) -> tuple[list[list[float]], str]:
+    """What the pairs are made by, and the `construction` by which ranked_pairs reads it: ranking_scores; for random pairs
+    the uniform noise (B, K); for the data's own pairs numbers that fall from one to the next, so that neighbours pair."""
     if args.response_source == "dataset":
-        return [list(range(len(row), 0, -1)) for row in texts]
+        return [list(range(len(row), 0, -1)) for row in texts], "adjacent"
     if args.pair_construction == "random":
-        return noise.tolist()
-    return ranking_scores(judge, tokenizer, prompts, texts, asked, args.micro_batch_size, args.judge_both_orders).tolist()
-
-
-def pair_construction(args: Arguments) -> str:
-    """How `ranked_pairs` reads these scores."""
-    if args.response_source == "dataset":
-        return "adjacent"
-    return "ranked" if args.pair_construction == "random" else args.pair_construction
+        return noise.tolist(), "ranked"
+    scores = ranking_scores(judge, tokenizer, prompts, texts, asked, args.micro_batch_size, args.judge_both_orders)
+    return scores.tolist(), args.pair_construction
 
 
 def ranked_pairs(scores, construction: str = "ranked") -> list[tuple[int, int]]:
@@ -746,7 +741,8 @@ def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_lo
     return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
 
 
-def pair_loss(loss_type: str, policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, strength, beta: float) -> torch.Tensor:
+def pair_loss(loss_type: str, policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, strength,
+              beta: float) -> torch.Tensor:
     """The loss by its name -> (P,). For comparison with SPCE, on strengths rounded to 0 or 1 (ties stay ties):
 
     dpo: DPO on the same pairs. ipo: (h / beta - 1 / (2 beta))^2 with h from winner to loser. Source: Azar et al., eq. 17."""
@@ -928,7 +924,19 @@ def evaluate(policy, sft, tokenizer, gold, prompts: list[Prompt], before: list[I
     return figures, list(zip(prompts, texts_before, texts_after))
 
 
-def judged_pairs(judge, tokenizer, prompts, ones: list[str], twos: list[str], gold, args: Arguments) -> dict[str, torch.Tensor]:
+def evaluation(policy, sft, tokenizer, data: Data, judge, args: Arguments) -> Callable:
+    """`evaluate` for held-out or out-of-domain rows; pi_SFT, which does not move, responds to them once."""
+
+    @functools.cache
+    def prompts_and_responses(out_of_domain: bool) -> tuple[list[Prompt], list[Ids]]:
+        prompts = distinct_prompts(data.ood if out_of_domain else data.held_out, args.num_eval_prompts)
+        return prompts, held_out_responses(sft, tokenizer, prompts, 0, args)
+
+    return lambda rows: evaluate(policy, sft, tokenizer, data.gold, *prompts_and_responses(rows is data.ood), judge, args)
+
+
+def judged_pairs(judge, tokenizer, prompts, ones: list[str], twos: list[str], gold,
+                 args: Arguments) -> dict[str, torch.Tensor]:
     """P pairs of texts as columns (P,): p_12, p_21, strength, length_difference in tokens, and with gold the truth."""
     p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, ones, twos, None, args.micro_batch_size)
     tokens = [torch.tensor([len(ids) for ids in encode(tokenizer, texts)]) for texts in (ones, twos)]
@@ -957,11 +965,12 @@ def judge_figures(columns: dict[str, torch.Tensor], labelled: bool) -> dict[str,
 
 
 def judge_report(policy, sft, tokenizer, data: Data, samples: list[tuple], args: Arguments) -> tuple[dict, list[dict]]:
-    """The judge on the data's held-out and out-of-domain pairs (suffix _on_ood), and on two responses of pi_SFT and two of the policy to each held-out
-    prompt, for the judge is frozen while the policy moves. Figures (suffix _on_sft, _on_policy), and a row for each pair."""
+    """The judge on the data's held-out and out-of-domain pairs (suffix _on_ood), and on two responses of pi_SFT and two of
+    the policy (_on_sft, _on_policy) to each held-out prompt, for it is frozen while the policy moves. Figures, and a row
+    for each pair."""
     prompts, before, after = map(list, zip(*samples))
-    more = {k: decode(tokenizer, held_out_responses(model, tokenizer, prompts, k, args)) for k, model in ((2, sft), (3, policy))}
-    sources = {"sft": (prompts, before, more[2]), "policy": (prompts, after, more[3])}
+    again = lambda model, k: decode(tokenizer, held_out_responses(model, tokenizer, prompts, k, args))
+    sources = {"sft": (prompts, before, again(sft, 2)), "policy": (prompts, after, again(policy, 3))}
     for source, dataset in (("data", data.held_out), ("ood", data.ood)):
         if dataset and "chosen" in dataset.column_names:
             pairs = dataset[: args.num_eval_pairs]
@@ -971,7 +980,8 @@ def judge_report(policy, sft, tokenizer, data: Data, samples: list[tuple], args:
         judged = judged_pairs(sft, tokenizer, *columns, data.gold, args)
         suffix = "" if source == "data" else f"_on_{source}"
         figures |= {key + suffix: value for key, value in judge_figures(judged, source in ("data", "ood")).items()}
-        rows += [{"on": source} | dict(zip(judged, values)) for values in zip(*(column.tolist() for column in judged.values()))]
+        columns = [column.tolist() for column in judged.values()]
+        rows += [{"on": source} | dict(zip(judged, values)) for values in zip(*columns)]
     return figures, rows
 
 
@@ -1321,8 +1331,8 @@ def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: i
         texts = [decode(tokenizer, row) for row in responses]
     with timed(seconds, "rank"):
         asked: dict[tuple, float] = {}  # this step's questions and their answers: none is asked twice
-        scores = candidate_scores(sft, tokenizer, prompts, texts, noise[..., T], asked, args)
-        triples, identical = pair_responses(scores, responses, pair_construction(args))
+        scores, construction = candidate_scores(sft, tokenizer, prompts, texts, noise[..., T], asked, args)
+        triples, identical = pair_responses(scores, responses, construction)
     flat, stops = [ids for row in responses for ids in row], stop_token_ids(policy, tokenizer)
     metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical,
                "response_tokens": sum(map(len, flat)) / len(flat),
@@ -1386,39 +1396,41 @@ def main(argv: list[str] | None = None) -> dict:
     done = load_checkpoint(checkpoint, loop) if checkpoint and checkpoint.name.startswith(loop.name) else 0
     keep_metrics(output / "metrics.jsonl", done)
     judge, shown_steps = other_judge or (sft, tokenizer), {0, steps // 2, steps - 1}
-    prompts = {name: distinct_prompts(rows, args.num_eval_prompts) for name, rows in (("", data.held_out), ("ood_", data.ood)) if rows}
-    before = {name: held_out_responses(sft, tokenizer, texts, 0, args) for name, texts in prompts.items()}
-    measure = lambda name: evaluate(policy, sft, tokenizer, data.gold, prompts[name], before[name], judge, args)
+    measure = evaluation(policy, sft, tokenizer, data, judge, args)
 
     with signals_noticed(signals), timed(seconds, "osp"):
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP", disable=RANK > 0)):
             metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
                 with timed(metrics, "evaluate"):
-                    metrics |= {f"eval_{key}": value for key, value in measure("")[0].items()}
+                    metrics |= {f"eval_{key}": value for key, value in measure(data.held_out)[0].items()}
             if step in shown_steps:
                 write_samples(output / "samples.md", step + 1, judged)
             log_step(output / "metrics.jsonl", metrics, bar)
             end_of_step(loop, step + 1)
     save_final(policy, tokenizer, output)
 
-    summary, samples = measure("")
-    if "ood_" in prompts:
-        summary |= {f"ood_{k}": v for k, v in measure("ood_")[0].items()}
+    summary, samples = measure(data.held_out)
+    if data.ood:
+        summary |= {f"ood_{k}": v for k, v in measure(data.ood)[0].items()}
     figures, judged_rows = judge_report(policy, sft, tokenizer, data, samples, args)
-    summary |= figures
-    with written_whole(output / "judge.jsonl") as scratch:
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in judged_rows))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    draw_curves(lines, output / "curves.png")
-    updates = [line for line in lines if line["pairs"]]
-    summary |= {k: updates[-1][k] for k in ("margin", "margin_accuracy") if updates}
-    summary |= {"prompts": len(data.prompts), "steps": len(updates), "seed": args.seed, "sft_cached": cached, **seconds,
-                "seconds_total": time.perf_counter() - started,
-                "tokens_per_second": sum(line["tokens_per_second"] for line in lines) / max(1, len(lines))}
+    summary |= figures | run_figures(output, judged_rows)
+    summary |= {"prompts": len(data.prompts), "seed": args.seed, "sft_cached": cached, **seconds,
+                "seconds_total": time.perf_counter() - started}
     write_json(output / "summary.json", summary)
     print_report(summary, samples, output)
     return summary
+
+
+def run_figures(output: Path, judged: list[dict]) -> dict:
+    """Writes judge.jsonl and draws curves.png; returns what the lines of metrics.jsonl add to the summary."""
+    with written_whole(output / "judge.jsonl") as scratch:
+        scratch.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    draw_curves(lines, output / "curves.png")
+    updates = [line for line in lines if line["pairs"]]
+    return {k: updates[-1][k] for k in ("margin", "margin_accuracy") if updates} | {
+        "steps": len(updates), "tokens_per_second": sum(line["tokens_per_second"] for line in lines) / max(1, len(lines))}
 
 
 def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
@@ -1445,7 +1457,8 @@ def write_samples(path: Path, step: int, judged: Judged) -> None:
     for i, prompt in enumerate(judged.prompts[:3]):
         scores, of = judged.scores[i], [(j, k, p) for (b, j, k), p in zip(judged.triples, judged.strength) if b == i]
         sections[-1] += f"\n{quoted(transcript(prompt))}\n\n| rank | score | response |\n|---|---|---|\n"
-        order, cell = sorted(range(len(scores)), key=lambda k: -scores[k]), lambda text: " ".join(text.replace("|", "\\|").split())
+        order = sorted(range(len(scores)), key=lambda k: -scores[k])
+        cell = lambda text: " ".join(text.replace("|", "\\|").split())
         sections[-1] += "".join(f"| {r} | {scores[k]:.3f} | {cell(judged.texts[i][k])} |\n" for r, k in enumerate(order, 1))
         sections[-1] += "\nPairs, by rank, and strength: " + "; ".join(
             f"{order.index(j) + 1} over {order.index(k) + 1}, p = {p:.3f}" for j, k, p in of) + "\n"
@@ -1468,7 +1481,8 @@ def draw_curves(lines: list[dict], path: Path) -> None:
         for key, label in keys.items():
             points = [(0, start[key])] if key in start else []
             points += [(line["step"], line[key]) for line in lines if key in line]
-            axes.plot([x for x, _ in points], [y for _, y in points], label=label, marker="o" * key.startswith("eval_"), markersize=4)
+            marker = "o" if key.startswith("eval_") else None
+            axes.plot([x for x, _ in points], [y for _, y in points], label=label, marker=marker, markersize=4)
         axes.set(title=title, xlabel="step")
         axes.legend(frameon=False)
         axes.grid(alpha=0.3)
