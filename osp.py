@@ -8,8 +8,8 @@ One language model answers, judges its own answers, and learns from how STRONGLY
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
     torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each (section 15)
 
-The paper's public text leaves some steps open. Those marked [R], here and in the docstrings, are this project's
-reconstruction, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
+The paper's public text leaves some steps open. Those marked [R] here, and "reconstruction" in the docstrings, are this
+project's, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
   [R] the judging task shows each pair of the data in both orders, with the loss on the verdict token only (section 4)
   [R] the one baseline that all candidates are compared with is the first of the K candidates (section 6)
   [R] pairs are best with worst, second best with second worst, and so on inwards (section 6)
@@ -98,7 +98,7 @@ class Arguments:
         default="policy", help="sample from the policy; from pi_SFT, once; or take the data's own pairs (offline)")
     pair_construction: Literal["ranked", "random", "best_worst", "adjacent"] = HfArg(
         default="ranked", help="best with worst and so on inwards; any two; best with worst alone; neighbours in rank")
-    judge_both_orders: bool = HfArg(default=True, help="ask the judge in both orders; False: once, the first as A")
+    judge_both_orders: bool = HfArg(default=True, help="train on both orders of the judge; False: on one")
     labels: Literal["strength", "drawn", "data"] = HfArg(
         default="strength", help="the judge's strength; 0 or 1 drawn from it; the data's own labels")
     label_noise: float = HfArg(default=0.0, help="share of verdicts that noise turns round, 0 to 1/2")
@@ -117,7 +117,7 @@ class Arguments:
     eval_steps: int = HfArg(default=50, help="OSP steps between evaluations")
     num_eval_prompts: int = HfArg(default=256, help="held-out prompts, one sampled response each")
     num_eval_pairs: int = HfArg(default=512, help="held-out pairs that the judge is measured on")
-    eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the final win rate")
+    eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the win rate")
 
 
 BUILTIN = dict(max_new_tokens=16, micro_batch_size=96, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=800,
@@ -146,6 +146,10 @@ def parse_arguments(argv: list[str] | None) -> Arguments:
         raise Stop(f"--label_noise is {args.label_noise}: above 1/2 the labels would say the opposite.")
     if args.labels == "data" and args.response_source != "dataset":
         raise Stop("--labels data needs --response_source dataset: sampled responses have no labels.")
+    if args.label_noise and (args.labels == "data" or args.labels == "strength" and args.loss_type != "spce"):
+        raise Stop("--label_noise has no effect here: give --labels drawn, or --labels strength with --loss_type spce.")
+    if args.response_source == "dataset" and args.pair_construction != "ranked":
+        raise Stop("--pair_construction has no use with --response_source dataset, whose pairs are given.")
     schedules = ("linear", "cosine", "constant", "constant_with_warmup")
     if args.lr_scheduler_type not in schedules:
         raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be one of {', '.join(schedules)}.")
@@ -572,11 +576,8 @@ def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tenso
         model = bf16_copy(model)
     stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
     size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
-
-    def draw(rows: range) -> list[list[Ids]]:
-        ids, u = prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop]
-        return sample(model, ids, u, args.temperature, stops, pad)
-
+    draw = lambda rows: sample(model, prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop],
+                               args.temperature, stops, pad)
     return [responses for part in divided(model, draw, range(len(prompt_ids)), size) for responses in part]
 
 
@@ -707,7 +708,7 @@ def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: li
                         asked: dict | None = None, micro_batch_size: int = 8, both: bool = True) -> torch.Tensor:
     """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
 
-    p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
+    With both orders p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
     rows = prompts, responses_1, responses_2
     return both_orders(*verdict_probabilities(judge, tokenizer, *rows, asked, micro_batch_size, both))
 
@@ -747,12 +748,11 @@ def pair_loss(loss_type: str, policy_logps_1, policy_logps_2, ref_logps_1, ref_l
 
     dpo: DPO on the same pairs. ipo: (h / beta - 1 / (2 beta))^2 with h from winner to loser. Source: Azar et al., eq. 17."""
     logps = policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2
-    if loss_type == "spce":
-        return spce_loss(*logps, strength, beta)
-    rounded = (strength > 0.5).float().where(strength != 0.5, 0.5)
-    if loss_type == "dpo":
-        return spce_loss(*logps, rounded, beta)
-    return ((2 * rounded - 1) * implicit_margin(*logps, beta) / beta - 1 / (2 * beta)) ** 2
+    if loss_type != "spce":
+        strength = (strength > 0.5).float().where(strength != 0.5, 0.5)
+    if loss_type == "ipo":
+        return ((2 * strength - 1) * implicit_margin(*logps, beta) / beta - 1 / (2 * beta)) ** 2
+    return spce_loss(*logps, strength, beta)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -825,7 +825,7 @@ class Pairs(NamedTuple):
     prompt_ids: list[Ids]
     chosen_ids: list[Ids]
     rejected_ids: list[Ids]
-    strength: torch.Tensor  # p(chosen > rejected); below 1/2 where the judge contradicts the ranking
+    strength: torch.Tensor  # p(chosen > rejected), see training_labels; below 1/2 where it contradicts the ranking
     ref_chosen_logps: torch.Tensor
     ref_rejected_logps: torch.Tensor
 
@@ -898,19 +898,23 @@ def held_out_responses(model, tokenizer, prompts: list[Prompt], k: int, args: Ar
     return [row[0] for row in sample_responses(model, tokenizer, encode_prompts(tokenizer, prompts), noise, args)]
 
 
-def evaluate(policy, sft, tokenizer, gold, prompts: list[Prompt], before: list[Ids], judge,
+def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, known: dict, judge,
              args: Arguments) -> tuple[dict, list[tuple[Prompt, str, str]]]:
-    """The figures on held-out prompts, to which pi_SFT's responses are `before`; and samples (prompt, before, after).
+    """The figures on the prompts of held-out or out-of-domain rows, and samples (prompt, response of pi_SFT, of the
+    policy). pi_SFT, which does not move, responds once: `known` keeps its responses.
 
     win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
     strength by `judge`, a (model, tokenizer). kl: nats, mean over the policy's responses of log pi_theta - log pi_SFT."""
-    ids, pad, size = encode_prompts(tokenizer, prompts), pad_token_id(tokenizer), args.micro_batch_size
+    prompts, pad, size = distinct_prompts(rows, args.num_eval_prompts), pad_token_id(tokenizer), args.micro_batch_size
+    if id(rows) not in known:
+        known[id(rows)] = held_out_responses(sft, tokenizer, prompts, 0, args)
+    ids, before = encode_prompts(tokenizer, prompts), known[id(rows)]
     after = held_out_responses(policy, tokenizer, prompts, 1, args)
     texts_before, texts_after = decode(tokenizer, before), decode(tokenizer, after)
     with torch.no_grad(), precision(policy, args):
         kl = response_logps(policy, ids, after, pad, size) - response_logps(sft, ids, after, pad, size)
-    if gold:
-        gold_before, gold_after = (torch.tensor(list(map(gold, prompts, texts))) for texts in (texts_before, texts_after))
+    if data.gold:
+        gold_before, gold_after = (torch.tensor(list(map(data.gold, prompts, t))) for t in (texts_before, texts_after))
         wins = (gold_after > gold_before).float() + (gold_after == gold_before).float() / 2
         figures = {"gold_reward": gold_after.mean().item(), "gold_reward_sft": gold_before.mean().item()}
     else:
@@ -922,17 +926,6 @@ def evaluate(policy, sft, tokenizer, gold, prompts: list[Prompt], before: list[I
         figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
         figures["response_tokens" + suffix] = sum(map(len, responses)) / len(responses)
     return figures, list(zip(prompts, texts_before, texts_after))
-
-
-def evaluation(policy, sft, tokenizer, data: Data, judge, args: Arguments) -> Callable:
-    """`evaluate` for held-out or out-of-domain rows; pi_SFT, which does not move, responds to them once."""
-
-    @functools.cache
-    def prompts_and_responses(out_of_domain: bool) -> tuple[list[Prompt], list[Ids]]:
-        prompts = distinct_prompts(data.ood if out_of_domain else data.held_out, args.num_eval_prompts)
-        return prompts, held_out_responses(sft, tokenizer, prompts, 0, args)
-
-    return lambda rows: evaluate(policy, sft, tokenizer, data.gold, *prompts_and_responses(rows is data.ood), judge, args)
 
 
 def judged_pairs(judge, tokenizer, prompts, ones: list[str], twos: list[str], gold,
@@ -1084,7 +1077,7 @@ def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> s
             model.config.to_json_string(), model.generation_config.to_json_string()]
     digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        digest.update(name.encode() + tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     for rows in train.iter(10_000):
         digest.update(json.dumps(rows).encode())
     return digest.hexdigest()[:20]
@@ -1095,7 +1088,7 @@ def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, signals: 
     `inputs`, the text of this file, and the libraries' versions."""
     code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
     folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
-    if cached := is_whole(folder):  # a damaged one is made anew
+    if cached := all(collected([is_whole(folder)])):  # a damaged one is made anew
         model = load_weights(folder, model).to(model.device)
     else:
         supervised_finetune(shard(model, args), tokenizer, train, inputs, signals, args)
@@ -1254,6 +1247,7 @@ def find_checkpoint(args: Arguments) -> Path | None:
 def check_output(args: Arguments, checkpoint: Path | None) -> Path:
     """The run's folder, made if need be. Raises Stop where it would overwrite a run unasked, or cannot be written."""
     output = Path(args.output_dir)
+    held = output.is_dir() and any(output.iterdir())
     try:
         for folder in (output, Path(args.sft_cache_dir)):
             folder.mkdir(parents=True, exist_ok=True)
@@ -1262,7 +1256,7 @@ def check_output(args: Arguments, checkpoint: Path | None) -> Path:
     except OSError as error:
         raise Stop(f"Cannot write into {str(folder)!r} ({error.strerror}): give another folder.") from error
     resumes = checkpoint or args.resume_from_checkpoint and not (output / "summary.json").exists()
-    if any(output.iterdir()) and not (args.overwrite_output_dir or resumes):
+    if held and not (args.overwrite_output_dir or resumes):
         raise Stop(f"{args.output_dir!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace "
                    "it, or --resume_from_checkpoint latest to go on with one that was interrupted.")
     return output
@@ -1276,10 +1270,9 @@ def clear_output(output: Path, checkpoint: Path | None, inputs: str, args: Argum
     found = checkpoints(output)
     kept = [path.resolve() for path in found].index(checkpoint.resolve()) + 1 if checkpoint else 0
     unfinished = [*output.glob(".*.partial"), *Path(args.sft_cache_dir).glob(f".*{cache_owner(args)}.*partial")]
-    for path in [*(output / name for name in ("summary.json", "judge.jsonl", "curves.png")), *unfinished, *found[kept:]]:
+    again = ["summary.json", "judge.jsonl", "curves.png", *([] if checkpoint else ["metrics.jsonl", "samples.md"])]
+    for path in [*(output / name for name in again), *unfinished, *found[kept:]]:
         remove(path)
-    for name in ("metrics.jsonl", "samples.md") if not checkpoint else ():
-        remove(output / name)
 
 
 def keep_metrics(path: Path, steps: int) -> None:
@@ -1307,14 +1300,7 @@ def precision(model, args: Arguments):
     return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
 
 
-class Judged(NamedTuple):
-    """What one step sampled and how it was judged, for people to read."""
-
-    prompts: list[Prompt]
-    texts: list[list[str]]  # B x K
-    scores: list[list[float]]
-    triples: list[tuple[int, int, int]]  # (prompt, better, worse) for each pair
-    strength: list[float]
+Judged = collections.namedtuple("Judged", "prompts texts scores triples strength")  # of one step, for people to read
 
 
 def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int,
@@ -1350,7 +1336,8 @@ def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: i
         with timed(seconds, "reference"), torch.no_grad():
             refs = response_logps(sft, prompt_rows * 2, chosen_ids + rejected_ids, pad, size).chunk(2)
         with timed(seconds, "update"):
-            metrics |= {"learning_rate": scheduler.get_last_lr()[0], "order_agreement": order_agreement(p_12, p_21)}
+            metrics |= {"learning_rate": scheduler.get_last_lr()[0]}
+            metrics |= {"order_agreement": order_agreement(p_12, p_21)} if both else {}
             pairs = Pairs(prompt_rows, chosen_ids, rejected_ids, strength, *refs)
             metrics |= update(policy, optimizer, scheduler, pairs, args, pad, step)
     metrics |= seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
@@ -1368,9 +1355,11 @@ def main(argv: list[str] | None = None) -> dict:
 
     sft, tokenizer = load_model(args.model_name_or_path, args)
     other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
-    for model, words in filter(None, [(sft, tokenizer), other_judge]):
-        verdict_format(words)  # raises Stop for a tokenizer that has no verdicts
-        model.to("cpu" if WORLD > 1 and model is sft else device)  # one that will be sharded may not fit a device whole
+    verdict_format(tokenizer)  # raises Stop for a tokenizer that has no verdicts
+    sft.to("cpu" if WORLD > 1 else device)  # one that will be sharded may not fit a device whole
+    if other_judge:
+        verdict_format(other_judge[1])
+        other_judge[0].to(device)
     data = load_data(tokenizer, sft, other_judge, args)
     seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
     collected([])  # waits: none may write before the others have looked at what is there, nor look before that is done
@@ -1396,21 +1385,24 @@ def main(argv: list[str] | None = None) -> dict:
     done = load_checkpoint(checkpoint, loop) if checkpoint and checkpoint.name.startswith(loop.name) else 0
     keep_metrics(output / "metrics.jsonl", done)
     judge, shown_steps = other_judge or (sft, tokenizer), {0, steps // 2, steps - 1}
-    measure = evaluation(policy, sft, tokenizer, data, judge, args)
+    known: dict[int, list[Ids]] = {}
+    measure = lambda rows: evaluate(policy, sft, tokenizer, data, rows, known, judge, args)
 
     with signals_noticed(signals), timed(seconds, "osp"):
         for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP", disable=RANK > 0)):
             metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
             if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
                 with timed(metrics, "evaluate"):
-                    metrics |= {f"eval_{key}": value for key, value in measure(data.held_out)[0].items()}
+                    summary, samples = measure(data.held_out)
+                metrics |= {f"eval_{key}": value for key, value in summary.items()}
             if step in shown_steps:
                 write_samples(output / "samples.md", step + 1, judged)
             log_step(output / "metrics.jsonl", metrics, bar)
             end_of_step(loop, step + 1)
     save_final(policy, tokenizer, output)
 
-    summary, samples = measure(data.held_out)
+    if done == steps:  # nothing was left to do
+        summary, samples = measure(data.held_out)
     if data.ood:
         summary |= {f"ood_{k}": v for k, v in measure(data.ood)[0].items()}
     figures, judged_rows = judge_report(policy, sft, tokenizer, data, samples, args)
@@ -1452,7 +1444,7 @@ def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
 def write_samples(path: Path, step: int, judged: Judged) -> None:
     """Adds a step's first three prompts to samples.md: the K responses by rank, the pairs, the strengths. Sections of this
     and later steps, from before a resume, go."""
-    title, *sections = (path.read_text() if path.exists() else "# Samples\n").split("\n## Step ")
+    title, *sections = (path.read_text("utf-8") if path.exists() else "# Samples\n").split("\n## Step ")
     sections = [section for section in sections if int(section.split()[0]) < step] + [f"{step}\n"]
     for i, prompt in enumerate(judged.prompts[:3]):
         scores, of = judged.scores[i], [(j, k, p) for (b, j, k), p in zip(judged.triples, judged.strength) if b == i]
@@ -1460,10 +1452,10 @@ def write_samples(path: Path, step: int, judged: Judged) -> None:
         order = sorted(range(len(scores)), key=lambda k: -scores[k])
         cell = lambda text: " ".join(text.replace("|", "\\|").split())
         sections[-1] += "".join(f"| {r} | {scores[k]:.3f} | {cell(judged.texts[i][k])} |\n" for r, k in enumerate(order, 1))
-        sections[-1] += "\nPairs, by rank, and strength: " + "; ".join(
-            f"{order.index(j) + 1} over {order.index(k) + 1}, p = {p:.3f}" for j, k, p in of) + "\n"
+        sections[-1] += "\nPairs, by rank, and p as the loss has it: " + "; ".join(
+            f"{order.index(j) + 1} over {order.index(k) + 1}, {p:.3f}" for j, k, p in of) + "\n"
     with written_whole(path) as scratch:
-        scratch.write_text("\n## Step ".join([title, *sections]))
+        scratch.write_text("\n## Step ".join([title, *sections]), "utf-8")
 
 
 def draw_curves(lines: list[dict], path: Path) -> None:

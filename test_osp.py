@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 import types
+import weakref
 from pathlib import Path
 from unittest import mock
 
@@ -572,12 +573,12 @@ def test_every_run_draws_curves_and_writes_samples(tmp_path):
     assert {row["on"] for row in judged} == {"data", "ood", "sft", "policy"} and all(0 < row["truth"] < 1 for row in judged)
     samples = (tmp_path / "run" / "samples.md").read_text()
     assert [part.split()[0] for part in samples.split("## Step ")[1:]] == ["1", "4", "6"]
-    assert samples.count("| 4 |") == 9 and samples.count("Pairs, by rank, and strength: 1 over 4, p = ") == 9  # K = 4, three prompts each
+    assert samples.count("| 4 |") == 9 and samples.count("Pairs, by rank, and p as the loss has it: 1 over 4, ") == 9  # K = 4, three prompts each
     judged = osp.Judged(["hi"], [["a | b", "c"]], [[0.5, 0.7]], [(0, 1, 0)], [0.75])
     osp.write_samples(tmp_path / "run" / "samples.md", 4, judged)  # as a resumed run does
     samples = (tmp_path / "run" / "samples.md").read_text()
     assert [part.split()[0] for part in samples.split("## Step ")[1:]] == ["1", "4"] and "| 2 | 0.500 | a \\| b |" in samples
-    assert samples.endswith("1 over 2, p = 0.750\n")
+    assert samples.endswith("1 over 2, 0.750\n")
 
 
 def test_candidates_from_sft_are_sampled_once_and_those_of_the_data_are_its_own(tmp_path, monkeypatch):
@@ -705,6 +706,17 @@ def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, caps
     assert {w.dtype for w in weights.values()} == {torch.float32}
     saved = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert saved.chat_template == CHAT and "self-judged" in capsys.readouterr().out
+
+
+def test_the_start_model_does_not_outlive_its_copies(tmp_path, monkeypatch):
+    """With --bf16, or where the SFT model was cached, it would be one more fp32 model on the device."""
+    start, seen, real = [], [], osp.load_model
+    monkeypatch.setattr(osp, "load_model", lambda *args: [start.append(weakref.ref((loaded := real(*args))[0])), loaded][1])
+    monkeypatch.setattr(osp, "log_step", lambda *_: seen.append(start[-1]()))
+    with pytest.raises(FileNotFoundError, match="metrics.jsonl"):  # for want of log_step
+        monkeypatch.setattr(osp, "keep_metrics", lambda *_: None)
+        run(tmp_path, "--bf16", "True", "--max_steps", "1")
+    assert seen == [None]
 
 
 def test_nothing_written_is_lost_by_a_mistake(tmp_path):
@@ -850,7 +862,8 @@ def test_two_processes_do_what_one_does(tmp_path, capsys):
 # --------------------------------------------------------------------------------------------------------- wrong input
 @pytest.mark.parametrize("arguments, words", [
     (["--num_generations", "1"], "at least 2 responses"), (["--beta", "0"], "--beta is 0.0"), (["--dataset_name", "x.json"], "needs --model_name_or_path"),
-    (["--lr_scheduler_type", "wavy"], "wavy"), (["--label_noise", "0.6"], "label_noise is 0.6"), (["--labels", "data"], "--response_source dataset"),
+    (["--lr_scheduler_type", "wavy"], "wavy"), (["--label_noise", "0.6"], "label_noise is 0.6"), (["--labels", "data"], "--response_source dataset"), (["--label_noise", "0.1", "--loss_type", "dpo"], "no effect"),
+    (["--response_source", "dataset", "--pair_construction", "random"], "no use"),
     (["--model_name_or_path", "no/such-model"], "no/such-model"), (["--resume_from_checkpoint", "nowhere"], "nowhere")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, arguments, words):
     with pytest.raises(osp.Stop, match=words) as stop:
