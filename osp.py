@@ -292,8 +292,8 @@ def load_data(tokenizer, model, judge, args: Arguments) -> Data:
         if "chosen" not in train.column_names:
             raise Stop("--response_source dataset needs data with chosen and rejected responses.")
         pairs = {prompt_key(prompt): [] for prompt in prompts}
-        for row in filter(lambda row: prompt_key(row["prompt"]) in pairs, train):
-            pairs[prompt_key(row["prompt"])].append((row["chosen"], row["rejected"]))
+        for row in train:
+            pairs.get(prompt_key(row["prompt"]), []).append((row["chosen"], row["rejected"]))
     if name is not None:
         return Data(train, prompts, held_out, None, None, pairs)
     ood = fitting_rows(tokenizer, model, args, [load_preferences(None, "ood")], measured, "out-of-domain")
@@ -540,7 +540,7 @@ def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float
     model.eval()
     (B, K, T), device = noise.shape, model.device
     cache, logits, mask = prefill(model, [ids for ids in prompt_ids for _ in range(K)], pad)
-    positions, mask = mask.sum(-1, keepdim=True) - 1, F.pad(mask, (0, T), value=1)
+    last, mask = positions(mask)[:, -1:], F.pad(mask, (0, T), value=1)
     noise, stops = noise.reshape(B * K, T).to(device), torch.tensor(stop_ids, device=device)
     done, tokens = torch.zeros(B * K, dtype=torch.bool, device=device), []
     for t in range(T):
@@ -550,7 +550,7 @@ def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float
         done |= torch.isin(token[:, 0], stops)
         if done.all() or t == T - 1:
             break
-        logits = model(input_ids=token, attention_mask=mask[:, : t + 1 - T], position_ids=positions + t + 1,
+        logits = model(input_ids=token, attention_mask=mask[:, : t + 1 - T], position_ids=last + t + 1,
                        past_key_values=cache, use_cache=True, logits_to_keep=1).logits
     rows = [cut_after_stop(row, stop_ids) for row in torch.cat(tokens, 1).tolist()]
     return [rows[i : i + K] for i in range(0, B * K, K)]
@@ -674,9 +674,9 @@ def last_logits(model, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad:
     cache, _, mask = prefill(model, [list(head) for head, _ in rows], pad)
     tails = padded([list(tail) for _, tail in rows], [[]] * len(rows), pad, model.device)
     mask = torch.cat([mask, tails["attention_mask"]], 1)
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tails["input_ids"].shape[1] :]
-    return model(input_ids=tails["input_ids"], attention_mask=mask, position_ids=positions, past_key_values=cache,
-                 use_cache=True, logits_to_keep=1).logits[:, -1]
+    ids = tails["input_ids"]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
+                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
 
 
 def shared_heads(questions: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
@@ -766,7 +766,12 @@ def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> 
     rows = [(P - len(p), p + r, R - len(r)) for p, r in zip(prompt_ids, response_ids)]
     ids = torch.tensor([[pad] * left + row + [pad] * right for left, row, right in rows], device=device)
     mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right for left, row, right in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": (mask.cumsum(-1) - 1).clamp(min=0)}
+    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
+
+
+def positions(mask: torch.Tensor) -> torch.Tensor:
+    """(N, T) attention mask -> (N, T) positions that skip padding, wherever it stands."""
+    return (mask.cumsum(-1) - 1).clamp(min=0)
 
 
 def prefill(model, prompt_ids: list[Ids], pad: int) -> tuple[transformers.Cache, torch.Tensor, torch.Tensor]:
@@ -1038,8 +1043,7 @@ def remove(path: Path) -> None:
 def write_json(path: Path, value: dict) -> None:
     """One JSON object."""
     with written_whole(path) as scratch:
-        if RANK == 0:
-            scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
+        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def save_model(model, tokenizer, folder: Path) -> None:
@@ -1075,12 +1079,12 @@ def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> s
     words = backend.to_str() if backend else tokenizer.get_vocab()
     used = [{name: getattr(args, name) for name in names}, words, tokenizer.chat_template, tokenizer.special_tokens_map,
             model.config.to_json_string(), model.generation_config.to_json_string()]
-    digest = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
+    sha = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
     for name, tensor in model.state_dict().items():
-        digest.update(name.encode() + tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
+        sha.update(name.encode() + tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
     for rows in train.iter(10_000):
-        digest.update(json.dumps(rows).encode())
-    return digest.hexdigest()[:20]
+        sha.update(json.dumps(rows).encode())
+    return sha.hexdigest()[:20]
 
 
 def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, signals: list, args: Arguments):
