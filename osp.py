@@ -1,29 +1,33 @@
 """Online Self-Preferring Language Models (OSP, arXiv 2405.14103): a reference implementation in one file.
 
-One language model answers, judges its own answers, and learns from how STRONGLY one answer is preferred to another:
+One language model answers, judges its own answers, and learns from how STRONGLY one is preferred:
 
     sample K responses -> rank -> pair -> the frozen SFT model judges each pair -> SPCE loss -> update
 
-    python osp.py                                           the built-in task, whose truth is known; minutes on a CPU
-    python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal language model and preference data
-    torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each (section 15)
+    python osp.py                                           the built-in task, whose truth is known
+    python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal LM and preference data
+    torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each
 
-The paper's public text leaves some steps open. Those marked [R] here, and "reconstruction" in the docstrings, are this
-project's, and so are the words of the judge's question, the curriculum of SFT and the built-in task:
-  [R] the judging task shows each pair of the data in both orders, with the loss on the verdict token only (section 4)
-  [R] the one baseline that all candidates are compared with is the first of the K candidates (section 6)
-  [R] pairs are best with worst, second best with second worst, and so on inwards (section 6)
-  [R] the judge is asked in both orders, and their probabilities are averaged (section 7)
-  [R] the formula of the SPCE loss; the paper gives its name and purpose (section 8)
+Part I is the method, in the order of the algorithm. Part II is what makes it practical.
 
-Shapes: B prompts, K responses a prompt, P pairs, N rows (sequences), T tokens, V words of the vocabulary.
-`logps` is always a SUM over a response's tokens (its EOS included, its prompt excluded); `token_logps` is per token.
+The paper's public text leaves some steps open. Those marked [R], and "reconstruction" in docstrings,
+are this project's own, as are the judge's question, the curriculum of SFT and the built-in task:
+  [R] the judging task shows each pair in both orders; its loss is on the verdict alone (section 5)
+  [R] all candidates are compared with the first of them, which is always shown as A (section 7)
+  [R] pairs are best with worst, second best with second worst, and so on inwards (section 7)
+  [R] strengths are asked in both orders, and their probabilities are averaged (section 8)
+  [R] the formula of the SPCE loss; the paper gives its name and its purpose (section 9)
+
+Shapes: B prompts, K responses a prompt, P pairs, N sequences, T tokens, V words of the vocabulary.
+`logps` is always a SUM over a response's tokens, its EOS included, its prompt excluded; `token_logps`
+is per token. The reward of a response is beta * (log pi_theta - log pi_reference), as in DPO.
+Everywhere `args` is an Arguments, `models` a Models, `rows` and `pairs` lists of Row and Pair.
 """
-import collections
 import copy
 import dataclasses
+import difflib
 import functools
-import hashlib
+import inspect
 import itertools
 import json
 import math
@@ -33,1264 +37,828 @@ import re
 import shutil
 import signal
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import datasets
 import jinja2
 import numpy as np
+import pandas as pd
+import tokenizers
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
+from torch import Tensor
+from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers.hf_argparser import HfArg, HfArgumentParser
+from transformers import HfArgumentParser
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
 Ids = list[int]  # the token ids of one prompt or of one response
 
 
 class Stop(Exception):
-    """A run that cannot go on: one sentence for the user, and the exit code (2 before the first step, 1 later)."""
+    """Why a run cannot go on, in one sentence for the user. `code`: 2 before the first step, 1 later."""
 
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(" ".join(sentence.split()))
         self.code = code
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 1. Arguments
-# ----------------------------------------------------------------------------------------------------------------------
+# 1. Arguments -------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Arguments:
-    """Defaults are for real models; without --model_name_or_path those of BUILTIN below apply."""
+    """The command line; a comment is the help on its option. Defaults are for real models: BUILTIN has those of the
+    built-in task."""
 
-    model_name_or_path: str | None = HfArg(default=None, help="Hub name or folder; none: a tiny random model")
-    dataset_name: str | None = HfArg(default=None, help="Hub name, file or folder; none: the built-in task")
-    dataset_config: str | None = HfArg(default=None, help="configuration of the data set")
-    dataset_data_dir: str | None = HfArg(default=None, help="folder within the data set, such as harmless-base of HH")
-    dataset_train_split: str = HfArg(default="train", help="split to train on")
-    dataset_test_split: str | None = HfArg(default=None, help="split to measure on; none: test, else held out of train")
-    trust_remote_code: bool = HfArg(default=False, help="run Python code that comes with the model")
-    output_dir: str | None = HfArg(default=None, help="folder of this run; none: runs/<model>-<data>-seed<seed>")
-    overwrite_output_dir: bool = HfArg(default=False, help="replace the run that output_dir holds")
-    resume_from_checkpoint: str | None = HfArg(default=None, help="a checkpoint folder, or latest")
-    seed: int = HfArg(default=0, help="the only source of randomness")
-    bf16: bool = HfArg(default=False, help="bf16 autocast for the update, bf16 copies for all else")
-    gradient_checkpointing: bool = HfArg(default=False, help="recompute activations in the backward pass")
-    micro_batch_size: int = HfArg(default=8, help="sequences a forward pass")
-    sft: bool = HfArg(default=True, help="fine-tune on the chosen responses and on judging first")
-    sft_learning_rate: float = HfArg(default=1e-5, help="peak learning rate of SFT")
-    sft_batch_size: int = HfArg(default=16, help="preference pairs an SFT step, each in both orders")
-    sft_max_steps: int = HfArg(default=2000, help="SFT steps")
-    sft_cache_dir: str = HfArg(default="runs/sft-cache", help="where finished SFT models are kept for later runs")
-    num_generations: int = HfArg(default=8, help="K, the responses sampled for each prompt")
-    max_new_tokens: int = HfArg(default=128, help="longest response, in tokens")
-    temperature: float = HfArg(default=1.0, help="of sampling; 1 is on-policy")
-    response_source: Literal["policy", "sft", "dataset"] = HfArg(
-        default="policy", help="sample from the policy; from pi_SFT, once; or take the data's own pairs (offline)")
-    pair_construction: Literal["ranked", "random", "best_worst", "adjacent"] = HfArg(
-        default="ranked", help="best with worst and so on inwards; any two; best with worst alone; neighbours in rank")
-    judge_both_orders: bool = HfArg(default=True, help="train on both orders of the judge; False: on one")
-    labels: Literal["strength", "drawn", "data"] = HfArg(
-        default="strength", help="the judge's strength; 0 or 1 drawn from it; the data's own labels")
-    label_noise: float = HfArg(default=0.0, help="share of verdicts that noise turns round, 0 to 1/2")
-    loss_type: Literal["spce", "dpo", "ipo"] = HfArg(default="spce", help="dpo and ipo round the strengths to 0 or 1")
-    beta: float = HfArg(default=0.1, help="scale of the implicit reward")
-    num_train_prompts: int = HfArg(default=200, help="distinct prompts that OSP trains on")
-    num_train_epochs: int = HfArg(default=3, help="passes over these prompts")
-    max_steps: int = HfArg(default=-1, help="end after so many OSP steps; -1: when the epochs are done")
-    per_device_train_batch_size: int = HfArg(default=16, help="prompts a step, of all processes together")
-    learning_rate: float = HfArg(default=1e-6, help="peak learning rate of OSP")
-    lr_scheduler_type: str = HfArg(default="linear", help="linear, cosine, constant or constant_with_warmup")
-    warmup_steps: float = HfArg(default=0.1, help="steps of warm-up; below 1: their share of all steps")
-    max_grad_norm: float = HfArg(default=1.0, help="gradients are clipped to this norm")
-    save_steps: int = HfArg(default=100, help="steps between checkpoints, of SFT and of OSP")
-    save_total_limit: int | None = HfArg(default=None, help="OSP checkpoints to keep, the newest; none: all of them")
-    eval_steps: int = HfArg(default=50, help="OSP steps between evaluations")
-    num_eval_prompts: int = HfArg(default=256, help="held-out prompts, one sampled response each")
-    num_eval_pairs: int = HfArg(default=512, help="held-out pairs that the judge is measured on")
-    eval_judge_name_or_path: str | None = HfArg(default=None, help="another model as judge of the win rate")
-
-
-BUILTIN = dict(max_new_tokens=16, micro_batch_size=96, sft_learning_rate=3e-3, sft_batch_size=48, sft_max_steps=800,
-               learning_rate=1e-3, num_train_epochs=9, eval_steps=13)
-
-
-def parse_arguments(argv: list[str] | None) -> Arguments:
-    """Command line -> arguments, checked. Raises Stop; an unknown argument ends in argparse's sentence, exit code 2."""
-    parser = HfArgumentParser(Arguments, description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    if parser.parse_args(argv).model_name_or_path is None:
-        parser.set_defaults(**BUILTIN)
-    args = parser.parse_args_into_dataclasses(argv)[0]
-    if args.dataset_name and not args.model_name_or_path:
-        raise Stop("--dataset_name needs --model_name_or_path: the built-in model knows the built-in words only.")
-    if args.eval_judge_name_or_path and not args.dataset_name:
-        raise Stop("--eval_judge_name_or_path has no use on the built-in task, whose true reward is known.")
-    if args.num_generations < 2:
-        raise Stop(f"--num_generations is {args.num_generations}: a pair needs at least 2 responses to a prompt.")
-    for field in dataclasses.fields(args):
-        name, value = field.name, getattr(args, field.name)
-        least = -1 if name == "max_steps" else 0 if name in ("seed", "warmup_steps", "sft_max_steps", "label_noise") else 1e-12
-        if type(value) in (int, float) and not least <= value < 2**32:
-            bound = "above 0" if least == 1e-12 else f"at least {least}"
-            raise Stop(f"--{name} is {value}: it must be {bound}, below 2**32.")
-    if args.label_noise > 0.5:
-        raise Stop(f"--label_noise is {args.label_noise}: above 1/2 the labels would say the opposite.")
-    if args.labels == "data" and args.response_source != "dataset":
-        raise Stop("--labels data needs --response_source dataset: sampled responses have no labels.")
-    if args.label_noise and (args.labels == "data" or args.labels == "strength" and args.loss_type != "spce"):
-        raise Stop("--label_noise has no effect here: give --labels drawn, or --labels strength with --loss_type spce.")
-    if args.response_source == "dataset" and args.pair_construction != "ranked":
-        raise Stop("--pair_construction has no use with --response_source dataset, whose pairs are given.")
-    schedules = ("linear", "cosine", "constant", "constant_with_warmup")
-    if args.lr_scheduler_type not in schedules:
-        raise Stop(f"--lr_scheduler_type is {args.lr_scheduler_type!r}: it must be one of {', '.join(schedules)}.")
-    if args.output_dir is None:
-        data = re.sub(r"\.(jsonl?|parquet)(\.gz)?$", "", Path(args.dataset_name).name) if args.dataset_name else "builtin"
-        names = [Path(args.model_name_or_path or "builtin").name, data, args.dataset_config, args.dataset_data_dir]
-        names = dict.fromkeys(name.replace("/", "-") for name in names if name)
-        args.output_dir = str(Path("runs") / f"{'-'.join(names)}-seed{args.seed}")
-    return args
+    method: str = "osp"  # a name in METHODS
+    model_name_or_path: str | None = None  # Hub name or folder; none: a tiny random model
+    dataset_name: str | None = None  # Hub name, file or folder; none: the built-in task
+    seed: int = 0  # the only source of randomness
+    sft: bool | None = None  # fine-tune first; none: if the data has chosen and rejected
+    sft_learning_rate: float = 1e-5  # peak learning rate of SFT
+    sft_batch_size: int = 16  # preference pairs an SFT step, each in both orders
+    sft_max_steps: int = 2000  # SFT steps
+    num_generations: int = 8  # K, the responses sampled for each prompt
+    max_new_tokens: int = 128  # longest response, in tokens
+    temperature: float = 1.0  # of sampling; 1 is on-policy
+    beta: float = 0.1  # scale of the implicit reward
+    num_train_prompts: int = 200  # distinct prompts to train on
+    prompts_per_step: int = 16  # B, the prompts of a step, of all processes together
+    num_train_epochs: int = 3  # passes over these prompts
+    max_steps: int = -1  # end after so many steps; -1: after the epochs; 0: only evaluate
+    learning_rate: float = 1e-6  # peak learning rate
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # schedule
+    warmup_steps: float = 0.1  # steps of warm-up; below 1: their share of all steps
+    max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    bf16: bool = False  # bf16 autocast for the update, bf16 copies for all else
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass
+    micro_batch_size: int = 8  # sequences a forward pass
+    # Part II: data, the run's folder, evaluation, variants
+    dataset_config: str | None = None  # configuration of the data set
+    dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
+    dataset_train_split: str = "train"  # split to train on
+    dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
+    chat_template_kwargs: str = "{}"  # more for the chat template, as JSON: {"enable_thinking": false}
+    trust_remote_code: bool = False  # run Python code that comes with the model
+    output_dir: str | None = None  # folder of the run; none: runs/<model>-<data>-seed<seed>
+    overwrite_output_dir: bool = False  # replace the run that output_dir holds
+    resume_from_checkpoint: str | None = None  # latest: go on with the run that output_dir holds
+    save_steps: int = 100  # steps between checkpoints, of SFT and of the method
+    save_total_limit: int | None = None  # checkpoints of the method to keep; none: all
+    eval_steps: int = 50  # steps between evaluations
+    num_eval_prompts: int = 256  # held-out prompts, one sampled response each
+    num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
+    eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
+    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # tso, collect: more models
+    dual_clip: float = 0.2  # tso: a reward has no gradient beyond it, above or below
+    label_margin: float = 0.1  # tso: pairs whose strength is nearer to 1/2 are dropped
+    reference_steps: int = 50  # tso: steps after which the reference becomes the policy
+    num_labels: int = 500  # collect: how many pairs a human labels
+    keep_prompts: float = 0.5  # collect: share of prompts to keep, those of the widest spread of scores
+    max_similarity: float = 0.9  # collect: pairs of texts more alike are dropped; 1 is equal
+    min_strength: float = 0.55  # collect: pairs nearer to a tie are dropped
+    max_strength: float = 0.95  # collect: pairs nearer to a landslide are dropped
+    pairs_per_prompt: int = 2  # collect: at most so many pairs a prompt, the least alike first
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 2. Load the SFT model and the data
-# ----------------------------------------------------------------------------------------------------------------------
-def load_model(name: str | None, args: Arguments):
-    """A causal LM with fp32 weights and no dropout, and its tokenizer; no name: the built-in ones. Raises Stop."""
+# 2. Load the SFT model; the records that the stages hand on ---------------------------------------
+def load_model(name, args, dtype=torch.float32):
+    """A causal LM without dropout, and its tokenizer; no name: the built-in ones. Raises Stop."""
     if name is None:
         return builtin_model(args.seed)
-    trust = dict(trust_remote_code=args.trust_remote_code)
+    trust = args.trust_remote_code
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **trust)
-        model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32, use_safetensors=True, **trust)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust)
     except Exception as error:  # the libraries raise a dozen kinds; each is the user's to mend
-        raise Stop(f"Cannot load {name!r} as a causal language model ({first_line(error)}): give a Hub name, which needs "
-                   "the network, or a local folder with config, tokenizer and safetensors.") from error
-    for module in model.modules():  # dropout 0: pi_theta and pi_SFT must be one function at step 0
-        for key, value in list(vars(module).items()):
-            if isinstance(value, float) and ("drop" in key or isinstance(module, torch.nn.Dropout) and key == "p"):
-                setattr(module, key, 0.0)
-    if tokenizer.eos_token_id is None:
-        raise Stop(f"The tokenizer of {name!r} has no EOS token, so no response could ever end: set its eos_token.")
-    if len(tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
-        raise Stop(f"The tokenizer of {name!r} has {len(tokenizer)} tokens, but the model embeds only {rows}.")
-    try:
-        with torch.no_grad():
-            see = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
-        sample(model, [[1], [1, 2]], torch.zeros(2, 2, 3), 1.0, [], 0)
-    except Exception as error:
-        raise Stop(f"{name!r} does not work as a causal language model whose cache is shared by the responses to a prompt "
-                   f"({first_line(error)}): take another architecture.") from error
-    if model.config.is_encoder_decoder or not torch.allclose(see[0], see[1], atol=1e-4):
-        raise Stop(f"{name!r} is not a causal language model: its first position sees the second token.")
-    return model, tokenizer
+        raise Stop(f"Cannot load {name!r} as a causal language model ({cause(error)}): give a Hub name, "
+                   "which needs the network, or a folder with config, tokenizer and safetensors.") from error
+    template = functools.partial(tokenizer.apply_chat_template, **args.chat_template_kwargs)
+    tokenizer.apply_chat_template = template
+    return checked_model(model, tokenizer, name), tokenizer
 
 
-def pad_token_id(tokenizer) -> int:
-    """Any id will do: padding is masked by position and never by id, so pad == eos harms nothing."""
-    return tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+@dataclasses.dataclass
+class Models:
+    """The models of a run by role. In OSP start, reference and judge are one: the frozen pi_SFT."""
+
+    tokenizer: Any
+    policy: Any  # pi_theta, which the optimizer trains
+    start: Any = None  # pi_SFT, with which evaluation compares; it never moves
+    reference: Any = None  # of the loss
+    judge: Any = None  # of the strengths
+    eval_judge: Any = None  # of the win rate where the truth is not known: (model, tokenizer)
+    optimizer: Any = None
+    scheduler: Any = None
 
 
-def stop_token_ids(model, tokenizer) -> list[int]:
-    """The ids that end a response: the tokenizer's EOS and those of the model's generation_config."""
-    eos = model.generation_config.eos_token_id
-    return sorted({tokenizer.eos_token_id, *(eos if isinstance(eos, list) else [eos] if eos is not None else [])})
+@dataclasses.dataclass
+class Candidate:
+    """A response to a prompt."""
+
+    ids: Ids
+    text: str
+    source: str = "policy"  # who wrote it
+    score: float = 0.5  # by which the candidates of a prompt are ranked
 
 
-def context_length(model) -> int:
-    """How many positions the model knows; unlimited where its configuration names no limit."""
-    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+@dataclasses.dataclass
+class Row:
+    """A prompt."""
+
+    prompt: Prompt
+    ids: Ids  # which a response continues
+    index: int  # its number in its set, to which its sampling noise belongs
+    responses: list  # the data's own (chosen, rejected)s, if it has any
+    start: Candidate | None = None  # pi_SFT's response, for evaluation
 
 
-def load_preferences(name_or_path: str | None, split: str = "train", config: str | None = None,
-                     data_dir: str | None = None) -> datasets.Dataset:
-    """Preference data in any known format (section 14) -> rows of `prompt` (text or messages) and, where the data has
-    them, `chosen` and `rejected` (text).
+@dataclasses.dataclass
+class Pair:
+    """Two responses to one prompt, the one that ranks higher first."""
 
-    Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these, a `save_to_disk` folder, or None
-    for the built-in task. Unusable rows are dropped, and counted by reason in `info.description`. Raises Stop for what
-    cannot be read, columns that fit no format, and when no row remains."""
-    rows, dropped = read_split(name_or_path, split, config, data_dir), collections.Counter()
-    usable = datasets.concatenate_datasets(list(usable_rows(rows, name_or_path, dropped)))
-    usable.info.description = reasons(dropped)
-    return usable
-
-
-def reasons(dropped: collections.Counter) -> str:
-    """How many rows were dropped, and why."""
-    return ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
+    row: Row
+    better: Candidate
+    worse: Candidate
+    strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
+    verdicts: tuple | None = None  # the judge's P(A) with the better one as A, and with the worse one as A
+    ref_logps: tuple | None = None  # of the better and the worse one under the reference
+    seen: tuple | None = None  # by the update, before its step: loss, reward of the better, of the worse
 
 
-def read_split(name: str | None, split: str, config: str | None, data_dir: str | None) -> datasets.Dataset:
-    """The raw rows of a split. Raises Stop."""
-    splits = read_dataset(name, config, data_dir)
-    if split not in splits:
-        raise Stop(f"{name or 'The built-in task'} has no split {split!r}: it has {', '.join(map(str, splits))}.")
-    return splits[split]
-
-
-def usable_rows(rows: datasets.Dataset, name: str | None, dropped: collections.Counter) -> Iterator[datasets.Dataset]:
-    """Raw rows -> the usable ones, part by part, each made when it is asked for: a run reads no more of a million rows
-    than it can use. The others are counted by reason in `dropped`. Raises Stop if none is usable."""
-    (parse, features), usable = row_format(rows, name), 0
-    for start in range(0, len(rows), 1000):
-        part = datasets.Dataset.from_dict(parse_batch(parse, dropped, features, rows[start : start + 1000]), features)
-        usable += len(part)
-        yield part
-    if not usable:
-        raise Stop(f"No usable row in {name!r} ({len(rows)} rows; {reasons(dropped)}).")
-
-
-class Data(NamedTuple):
-    """What a run trains and is measured on; the prompts of the three sets of rows are disjoint."""
-
-    train: datasets.Dataset
-    prompts: list[Prompt]  # the distinct prompts that OSP trains on
-    held_out: datasets.Dataset
-    ood: datasets.Dataset | None  # out-of-domain rows; only the built-in task has them
-    gold: Callable[[str, str], float] | None  # a response's true reward; only the built-in task has one
-    pairs: dict[str, list[tuple[str, str]]] = {}  # prompt -> its (chosen, rejected), for --response_source dataset
-
-
-def load_data(tokenizer, model, judge, args: Arguments) -> Data:
-    """The rows and prompts of this run. All fit the model's context, and held-out ones that of `judge`, if there is one."""
-    name, config, folder = args.dataset_name, args.dataset_config, args.dataset_data_dir
-    measured, dropped = max(args.num_eval_prompts, args.num_eval_pairs), collections.Counter()
-    rows = read_split(name, args.dataset_train_split, config, folder)
-    has_test = "test" in read_dataset(name, config, folder) and args.dataset_train_split != "test"
-    test_split = args.dataset_test_split or ("test" if has_test else None)
-    if test_split:
-        test, train = load_preferences(name, test_split, config, folder), usable_rows(rows, name, dropped)
-    else:
-        rows = rows.select(np.random.default_rng(args.seed).permutation(len(rows)))
-        train, first = usable_rows(rows, name, dropped), []
-        for part in train:
-            first.append(part)
-            if sum(map(len, first)) >= 10 * measured:
-                break
-        first = datasets.concatenate_datasets(first)
-        cut = min(measured, len(first) // 10 + 1)
-        test, train = first.take(cut), itertools.chain([first.skip(cut)], train)
-    held_out = fitting_rows(tokenizer, model, args, [test], measured, "held-out")
-    if judge:
-        held_out = fitting_rows(judge[1], judge[0], args, [held_out], measured, "held-out")
-    by_sft = args.sft_max_steps * args.sft_batch_size if args.sft and "chosen" in row_format(rows, name)[1] else 0
-    wanted = max(by_sft, 4 * args.num_train_prompts)
-    train = fitting_rows(tokenizer, model, args, train, wanted, "training", map(prompt_key, test["prompt"]), dropped)
-    print(f"{len(train)} rows to train on, of {len(rows)}")
-    prompts, pairs = distinct_prompts(train, args.num_train_prompts), {}
-    if args.response_source == "dataset":
-        if "chosen" not in train.column_names:
-            raise Stop("--response_source dataset needs data with chosen and rejected responses.")
-        pairs = {prompt_key(prompt): [] for prompt in prompts}
-        for row in train:
-            pairs.get(prompt_key(row["prompt"]), []).append((row["chosen"], row["rejected"]))
-    if name is not None:
-        return Data(train, prompts, held_out, None, None, pairs)
-    ood = fitting_rows(tokenizer, model, args, [load_preferences(None, "ood")], measured, "out-of-domain")
-    return Data(train, prompts, held_out, ood, gold_reward, pairs)
-
-
-def prompt_key(prompt: Prompt) -> str:
-    """What makes two prompts the same."""
-    return prompt if isinstance(prompt, str) else transcript(prompt)
-
-
-def distinct_prompts(rows: datasets.Dataset, most: int) -> list[Prompt]:
-    """The prompts of these rows, each once, in their order, and no more than `most`."""
-    return list({prompt_key(p): p for p in rows["prompt"]}.values())[:most]
-
-
-def fitting_rows(tokenizer, model, args: Arguments, parts: Iterable[datasets.Dataset], wanted: int, name: str,
-                 excluded: Iterable[str] = (), dropped: collections.Counter | None = None) -> datasets.Dataset:
-    """The first `wanted` rows whose prompt is not `excluded`, suits the chat template, and fits the context together with
-    the judge's frame and two full responses. Reads no further; says what it passed over, and what the parts' maker had
-    `dropped`. Raises Stop if none is left."""
-    kept, seen, dropped, excluded = [], 0, collections.Counter() if dropped is None else dropped, set(excluded)
-    limit = context_length(model)
-    for part, indices in ((part, indices) for part in parts for indices in chunks(range(len(part)), 1000)):
-        prompts, fitting = part[indices]["prompt"], []
-        questions = encode_questions(tokenizer, prompts, [""] * len(prompts), [""] * len(prompts))
-        for i, prompt, question in zip(indices, prompts, questions):
-            if prompt_key(prompt) in excluded:
-                dropped["its prompt is held out"] += 1
-            elif len(question) + 2 * args.max_new_tokens > limit:
-                dropped[f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"] += 1
-            elif not suits_template(tokenizer, prompt):
-                dropped["the chat template refuses it"] += 1
-            else:
-                fitting.append(i)
-        kept.append(part.select(fitting))
-        if (seen := seen + len(fitting)) >= wanted:
-            break
-    if not seen:
-        raise Stop(f"No {name} row is left ({reasons(dropped) or 'there were none'}).")
-    if dropped:
-        print(f"{name} rows: {reasons(dropped)}")
-    rows = datasets.concatenate_datasets(kept)
-    return rows.select(range(min(wanted, seen)))
-
-
-def suits_template(tokenizer, prompt: Prompt) -> bool:
-    """Whether the chat template takes these messages: some refuse a system message, or two turns of one role."""
-    try:
-        framed(tokenizer, prompt)
-        return True
-    except jinja2.TemplateError:
-        return False
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's message, for a sentence of ours."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:300].rstrip(".")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 3. From text to token ids: what the policy continues, and what the judge is asked
-# ----------------------------------------------------------------------------------------------------------------------
-HH_TURN = re.compile(r"\n\n(Human|Assistant):")
-
-
-def as_messages(prompt: Prompt) -> list[dict]:
-    """"\\n\\nHuman: hi\\n\\nAssistant:" -> [{"role": "user", "content": "hi"}]; any other text is one user message."""
-    if not isinstance(prompt, str):
-        return prompt
-    if not HH_TURN.match(prompt):
-        return [{"role": "user", "content": prompt.strip()}]
-    parts = HH_TURN.split(prompt)[1:]
-    roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
-    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
-
-
-def transcript(prompt: Prompt) -> str:
-    """A prompt as HH writes it: "Human: hi\\n\\nAssistant: hello\\n\\nHuman: and now?"."""
-    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    return "\n\n".join(f"{names.get(m['role'], m['role'])}: {m['content']}" for m in as_messages(prompt))
-
-
-@functools.lru_cache(maxsize=4)
-def special_tokens(tokenizer) -> re.Pattern:
-    """Matches the text of any special token."""
-    added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    texts = sorted(added | set(tokenizer.all_special_tokens), key=len, reverse=True)
-    return re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
-
-
-def plain(tokenizer, text: str) -> str:
-    """Text from outside, with a space put into whatever spells a special token, so that it never becomes one."""
-    return special_tokens(tokenizer).sub(lambda match: match[0][0] + " " + match[0][1:], text)
-
-
-def framed(tokenizer, prompt: Prompt) -> str:
-    """A prompt as the model reads it: by its chat template if it has one, else as text (messages as HH writes them)."""
-    if tokenizer.chat_template:
-        messages = [{**m, "content": plain(tokenizer, m["content"])} for m in as_messages(prompt)]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return plain(tokenizer, prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:")
-
-
-def encode(tokenizer, texts: list[str]) -> list[Ids]:
-    """Framed texts -> ids. BOS comes from the chat template, or goes in front where the tokenizer itself puts it."""
-    puts_bos = not tokenizer.chat_template and tokenizer("a").input_ids[0] == tokenizer.bos_token_id
-    bos = [tokenizer.bos_token_id] if puts_bos else []
-    return [bos + ids for ids in tokenizer(texts, add_special_tokens=False).input_ids] if texts else []
-
-
-def encode_prompts(tokenizer, prompts: list[Prompt]) -> list[Ids]:
-    """B prompts -> their ids, which a response continues."""
-    return encode(tokenizer, [framed(tokenizer, p) for p in prompts])
-
-
-def encode_responses(tokenizer, prompts: list[Prompt], responses: list[str], max_new_tokens: int) -> list[Ids]:
-    """N responses of the data -> ids as the policy would sample them: cut at max_new_tokens, else ending in EOS."""
-    heads, tails = [framed(tokenizer, p) for p in prompts], [plain(tokenizer, r) for r in responses]
-    tails = [tail if head[-1].isspace() else " " + tail for head, tail in zip(heads, tails)]
-    rows = zip(encode(tokenizer, heads), encode(tokenizer, [h + t for h, t in zip(heads, tails)]), tails)
-    # enc(a + b) != enc(a) + enc(b): b is read off the whole, unless its first characters were merged with a's last
-    ids = [both[len(head):] if both[: len(head)] == head else tokenizer(tail, add_special_tokens=False).input_ids
-           for head, both, tail in rows]
-    return [(row + [tokenizer.eos_token_id])[:max_new_tokens] for row in ids]
-
-
-def decode(tokenizer, rows: list[Ids]) -> list[str]:
-    """N sampled responses as the judge reads them, without special tokens."""
-    return [text.strip() for text in tokenizer.batch_decode(rows, skip_special_tokens=True)]
-
-
+# 3. From text to token ids: what the policy continues, and what the judge is asked ----------------
 JUDGE_FRAME = "Which response is better, A or B?\n\nPrompt:\n{prompt}\n\nA:\n{a}\n\nB:\n{b}\n\nBetter:"
 
 
-def judge_question(tokenizer, prompt: Prompt, a: str, b: str, end: str) -> str:
-    """The framed text whose next token is the verdict, "A" or "B"; `end` comes from verdict_format."""
-    return framed(tokenizer, JUDGE_FRAME.format(prompt=quoted(transcript(prompt)), a=quoted(a), b=quoted(b)) + end)
+def framed(tokenizer, prompt):
+    """A prompt as the model reads it: by its chat template, or else as text, messages as in HH."""
+    if tokenizer.chat_template:
+        messages = [turn | {"content": plain(tokenizer, turn["content"])} for turn in as_messages(prompt)]
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    text = prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:"
+    return plain(tokenizer, text)
 
 
-def quoted(text: str) -> str:
-    """Every line behind "> ", so that no line of a response can pass for one of the frame's."""
+def encode(tokenizer, texts):
+    """Framed texts -> ids. BOS comes from the chat template, or where the tokenizer itself puts one."""
+    rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
+    if not tokenizer.chat_template and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
+        rows = [[tokenizer.bos_token_id] + ids for ids in rows]
+    return rows
+
+
+def encode_prompts(tokenizer, prompts):
+    """N prompts -> their ids, which a response continues."""
+    return encode(tokenizer, [framed(tokenizer, prompt) for prompt in prompts])
+
+
+def encode_responses(tokenizer, prompts, responses, limit):
+    """N texts -> ids as the policy would sample them: cut at `limit` tokens, else ending in EOS."""
+    rows = []
+    for prompt, response in zip(prompts, responses):
+        head, tail = framed(tokenizer, prompt), plain(tokenizer, response)
+        if not head[-1].isspace():
+            tail = " " + tail
+        head_ids, both_ids = encode(tokenizer, [head, head + tail])
+        ids = both_ids[len(head_ids):]  # read off the whole: encodings do not add up
+        if both_ids[: len(head_ids)] != head_ids:  # the texts were merged where they meet
+            ids = tokenizer(tail, add_special_tokens=False).input_ids
+        rows.append((ids + [tokenizer.eos_token_id])[:limit])
+    return rows
+
+
+def quoted(text):
+    """Every line behind "> ", so that no line of a response can pass for one of the judge's frame."""
     return "\n".join("> " + line for line in text.splitlines() if line.strip()) or "> "
 
 
-@functools.lru_cache(maxsize=4)
-def verdict_format(tokenizer) -> tuple[str, int, int]:
-    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop where there are none.
+def judge_question(tokenizer, prompt, a, b, end):
+    """The framed text whose next token is the verdict, "A" or "B"; `end` is of verdict_format."""
+    question = JUDGE_FRAME.format(prompt=quoted(transcript(prompt)), a=quoted(a), b=quoted(b))
+    return framed(tokenizer, question + end)
 
-    A letter encoded by itself may get another id (SentencePiece), so both are read off the end of a whole question:
-    after a space ("Better: A"), else on a new line, else at once; one token each, the question's tokens unchanged."""
+
+@functools.lru_cache(maxsize=4)
+def verdict_format(tokenizer):
+    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop.
+
+    A letter encoded by itself may get another id, so both are read off the end of a whole question:
+    after a space ("Better: A"), or on a new line, or at once. Each must add one token to it."""
     for end, gap in (("", " "), ("\n", ""), ("", "")):
         text = judge_question(tokenizer, "p", "x", "y", end)
-        gap = "" if text[-1].isspace() else gap
+        if text[-1].isspace():
+            gap = ""
         head, a, b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
-        if a[:-1] == b[:-1] == head and a[-1] != b[-1] and tokenizer.unk_token_id not in (a[-1], b[-1]):
+        if a[:-1] == b[:-1] == head and a[-1] != b[-1]:
             return end, a[-1], b[-1]
-    raise Stop("This tokenizer never makes the verdict letters A and B one token each at the end of the judge's question "
-               f"({text[-20:]!r}): change the end of JUDGE_FRAME in osp.py.")
+    raise Stop("This tokenizer never makes the verdicts A and B one token each at the end of the judge's "
+               f"question ({text[-20:]!r}): change the end of JUDGE_FRAME in osp.py.")
 
 
-def encode_questions(tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
-                     limit: int = sys.maxsize) -> list[Ids]:
-    """N questions to the judge, response 1 shown as A; where one exceeds `limit` tokens, both its responses are cut."""
+def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
+    """N questions to the judge as ids; where one has over `limit`, its responses are cut short."""
     end, _, _ = verdict_format(tokenizer)
-    rows = zip(prompts, responses_1, responses_2)
+    rows = list(zip(prompts, shown_as_a, shown_as_b))
     questions = encode(tokenizer, [judge_question(tokenizer, *row, end) for row in rows])
-    for i, (a, b) in enumerate(zip(responses_1, responses_2)):
-        while len(questions[i]) > limit and (a or b):
+    for i, (prompt, a, b) in enumerate(rows):
+        while len(questions[i]) > limit and a + b:
             a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
-            questions[i] = encode(tokenizer, [judge_question(tokenizer, prompts[i], a, b, end)])[0]
+            [questions[i]] = encode(tokenizer, [judge_question(tokenizer, prompt, a, b, end)])
     return questions
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 4. Supervised fine-tuning with the judging task: makes pi_SFT, which is the start, the judge and the reference
-# ----------------------------------------------------------------------------------------------------------------------
-SFT_EASY_STEPS, SFT_EASY_ROWS = 0.3, 0.25  # a curriculum: this share of the steps sees this share of the pairs, the shortest
+# 4. Log-probabilities of responses ----------------------------------------------------------------
+def padded(prompt_ids: list[Ids], response_ids: list[Ids], device, pad: int = 0) -> tuple[Tensor, Tensor]:
+    """N prompts padded on the left and N responses on the right, so that all meet at one column. The mask
+    goes by position and never by id, so any id will do for padding.
+
+    [1 2 3], [4] and [5], [6 7] -> ids [[1 2 3 5 .], [. . 4 6 7]], mask [[1 1 1 1 0], [0 0 1 1 1]]."""
+    halves = []
+    for rows, side in ((prompt_ids, "left"), (response_ids, "right")):
+        rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
+        halves.append(pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side))
+    ids = torch.cat(halves, 1).to(device)
+    return ids.where(ids >= 0, pad), (ids >= 0).long()
 
 
-def supervised_tasks(tokenizer, batch: dict, limit: int, args: Arguments) -> dict[str, tuple[list[Ids], list[Ids]]]:
-    """Preference pairs -> the rows of both tasks, each as prompt ids and target ids: the loss is on the targets alone.
+def forward(model, ids: Tensor, mask: Tensor, keep: int = 0, cache=None) -> Tensor:
+    """Logits after the last `keep` (0: all) of ids (N, T). `mask` covers them and what is cached; positions
+    skip its padding, wherever it stands."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                 use_cache=cache is not None, logits_to_keep=keep).logits
 
-    respond: the chosen responses; a third of them, for responding is learned long before judging. judge: the right verdict
-    on each pair in both orders. Reconstruction: the third, both orders, and the loss on the verdict only."""
-    prompts, chosen, rejected = batch["prompt"], batch["chosen"], batch["rejected"]
+
+def prefill(model, prompt_ids):
+    """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T).
+
+    Equal prompts are computed once; the gradients of all that continue them go back through the one."""
+    distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
+    ids, mask = padded(distinct, [[]] * len(distinct), model.device)
+    cache = transformers.DynamicCache(config=model.config)
+    logits = forward(model, ids, mask, 1, cache)[:, -1]
+    rows = torch.tensor([distinct.index(ids) for ids in prompt_ids], device=model.device)
+    cache.batch_select_indices(rows)
+    return cache, logits[rows], mask[rows]
+
+
+def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int = 0,
+                share_prompts: bool = False) -> Tensor:
+    """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
+
+    Logits are made at the responses' positions only. `share_prompts` computes equal prompts once."""
+    ids, mask = padded(prompt_ids, response_ids, model.device, pad)
+    T = max(map(len, response_ids))
+    start = ids.shape[1] - T
+    if share_prompts:
+        end = start + max(T - 1, 1)  # one column at least: all processes make equally many passes
+        cache, first, _ = prefill(model, prompt_ids)
+        rest = forward(model, ids[:, start:end], mask[:, :end], 0, cache)
+        logits = torch.cat([first[:, None], rest], 1)[:, :T]
+    else:
+        logits = forward(model, ids, mask, T + 1)[:, :-1]
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, start:, None])[:, :, 0]
+    return logps.where(mask[:, start:].bool(), 0.0)
+
+
+def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int = 0,
+                   micro_batch_size: int = 8) -> Tensor:
+    """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
+
+    Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
+    share = not (model.training and model.is_activation_checkpointing)  # which keeps no cache
+    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
+    sums = [torch.zeros(0, device=model.device)]
+    for part in chunks(order, micro_batch_size):
+        prompts, responses = [prompt_ids[i] for i in part], [response_ids[i] for i in part]
+        sums.append(token_logps(model, prompts, responses, pad_token_id, share).sum(-1))
+    return torch.cat(sums)[torch.tensor(order, dtype=torch.long).argsort()]
+
+
+# 5. Supervised fine-tuning with the judging task: makes pi_SFT ------------------------------------
+EASY_STEPS, EASY_ROWS = 0.3, 0.25  # a curriculum: 30% of the steps see the shortest quarter of the pairs
+
+
+def supervised_tasks(models, batch, args):
+    """(prompt, chosen, rejected)s -> both tasks' prompts and targets as ids; the loss is on the targets.
+
+    respond: the chosen responses; a third of them, for responding is learned long before judging.
+    judge: the right verdict on each pair, in both orders. Reconstruction: the third, both orders, and
+    the loss on the verdict alone."""
+    tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
+    some = prompts[: math.ceil(len(batch) / 3)]
+    responses = encode_responses(tokenizer, some, chosen, args.max_new_tokens)
+    questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
+                                 context_length(models.policy))
     _, a, b = verdict_format(tokenizer)
-    questions = encode_questions(tokenizer, prompts + prompts, chosen + rejected, rejected + chosen, limit)
-    third = math.ceil(len(prompts) / 3)
-    answers = encode_responses(tokenizer, prompts[:third], chosen[:third], args.max_new_tokens)
-    return {"respond": (encode_prompts(tokenizer, prompts[:third]), answers),
-            "judge": (questions, [[a]] * len(prompts) + [[b]] * len(prompts))}
+    verdicts = [[a]] * len(batch) + [[b]] * len(batch)
+    return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
 
 
-def supervised_finetune(model, tokenizer, train: datasets.Dataset, inputs: str, signals: list, args: Arguments) -> None:
-    """Trains `model` in place on the sum of both tasks' mean token losses, for sft_max_steps steps."""
-    optimizer, scheduler = optimizer_and_schedule(model, args.sft_learning_rate, args.sft_max_steps, args)
-    loop = Loop("sft-checkpoint", args.sft_max_steps, model, tokenizer, optimizer, scheduler, inputs, signals, args)
-    checkpoint = newest_whole(checkpoints(Path(args.output_dir), loop.name))
-    done = load_checkpoint(checkpoint, loop) if checkpoint else 0
-    limit, pad = context_length(model), pad_token_id(tokenizer)
-    sizes = [len(chosen) + len(rejected) for chosen, rejected in zip(train["chosen"], train["rejected"])]
-    by_size = sorted(range(len(train)), key=sizes.__getitem__)
-    model.train()
-    for step in (bar := tqdm(range(done, loop.steps), initial=done, total=loop.steps, desc="SFT", disable=RANK > 0)):
-        easy = step < args.sft_max_steps * SFT_EASY_STEPS
-        allowed = by_size[: math.ceil(len(train) * SFT_EASY_ROWS)] if easy else by_size
-        batch = train[[allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]]
+def supervised_backward(model, prompt_ids, target_ids, args):
+    """Adds the gradient of one task's mean loss over all target tokens; returns that loss."""
+    tokens, losses = sum(map(len, target_ids)), []
+    order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
+    for part, weight in own_micro_batches(order, args.micro_batch_size):
+        with precision(model, args):
+            logps = token_logps(model, [prompt_ids[i] for i in part], [target_ids[i] for i in part])
+        loss = -logps.sum() / tokens
+        (weight * loss).backward()
+        losses.append(loss.item() * bool(weight))
+    return sum(collected(losses))
+
+
+def supervised_finetune(models, pairs, args):
+    """Makes the policy pi_SFT: trains it on (prompt, chosen, rejected)s, on the sum of both tasks' losses."""
+    start_training(models, args.sft_learning_rate, args.sft_max_steps, args)
+    by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
+    easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
+    for step, show in resumable_steps("sft-checkpoint", args.sft_max_steps, models, args):
+        models.policy.train()
+        allowed = easy if step < args.sft_max_steps * EASY_STEPS else by_size
+        batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
         losses = {}
-        for task, (prompt_ids, target_ids) in supervised_tasks(tokenizer, batch, limit, args).items():
-            order, tokens = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i])), sum(map(len, target_ids))
-            for rows, weight in own_chunks(order, args.micro_batch_size):
-                prompts, targets = [prompt_ids[i] for i in rows], [target_ids[i] for i in rows]
-                with precision(model, args):
-                    logps = response_logps(model, prompts, targets, pad, len(rows))
-                (loss := -weight * logps.sum() / tokens).backward()
-                losses[task] = losses.get(task, 0.0) + loss.item()
-        losses = {task: sum(collected([loss])) / WORLD for task, loss in losses.items()}
-        optimizer_step(model, optimizer, scheduler, sum(losses.values()), args, f"SFT step {step + 1}")
-        bar.set_postfix_str(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()), refresh=False)
-        end_of_step(loop, step + 1)
+        for task, ids in supervised_tasks(models, batch, args).items():
+            losses[task] = supervised_backward(models.policy, *ids, args)
+        optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
+        show(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 5. Sample K responses a prompt from the current policy
-# ----------------------------------------------------------------------------------------------------------------------
-SAMPLING_BATCH_SIZE = 128  # responses sampled side by side: they keep no activations, so more fit than in an update
+# 6. Sample K responses a prompt from the current policy -------------------------------------------
+SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fit than in an update
 
 
-def sampling_noise(seed: int, step: int, prompts: list[int], ks: Iterable[int], length: int) -> torch.Tensor:
-    """(B, K, T) uniform float64: numbers that belong to (seed, step, prompt, k), not to the batch or the process."""
-    draw = lambda i, k: np.random.default_rng((seed, step, i, k)).random(length)
-    return torch.from_numpy(np.array([[draw(i, k) for k in ks] for i in prompts]))
+def sampling_noise(seed: int, step: int, index: int, k: int, length: int) -> np.ndarray:
+    """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process."""
+    return np.random.default_rng((seed, step, index, k)).random(length)
 
 
 @torch.no_grad()
-def sample(model, prompt_ids: list[Ids], noise: torch.Tensor, temperature: float, stop_ids: list[int],
-           pad: int) -> list[list[Ids]]:
-    """B prompts' ids and noise (B, K, T) -> B lists of K responses of at most T tokens, with the EOS where one was drawn.
+def sample(model, prompt_ids: list[Ids], noise: Tensor, temperature: float, stop_ids: Ids) -> list[Ids]:
+    """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
 
-    On-policy means the distribution itself: no top-k, no top-p, nothing from the checkpoint's generation_config. Each
-    token is the inverse of the distribution function at its noise. A prompt is computed once for all its K responses."""
+    On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. Each
+    token is the inverse of the distribution function at its noise, so no row depends on its batch."""
     model.eval()
-    (B, K, T), device = noise.shape, model.device
-    cache, logits, mask = prefill(model, [ids for ids in prompt_ids for _ in range(K)], pad)
-    last, mask = positions(mask)[:, -1:], F.pad(mask, (0, T), value=1)
-    noise, stops = noise.reshape(B * K, T).to(device), torch.tensor(stop_ids, device=device)
-    done, tokens = torch.zeros(B * K, dtype=torch.bool, device=device), []
-    for t in range(T):
-        cdf = (logits[:, -1].float() / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
-        token = torch.searchsorted(cdf, noise[:, t : t + 1] * cdf[:, -1:], right=True).clamp_(max=cdf.shape[-1] - 1)
-        tokens.append(token)
-        done |= torch.isin(token[:, 0], stops)
-        if done.all() or t == T - 1:
+    cache, logits, mask = prefill(model, prompt_ids)
+    noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
+    ended = torch.zeros(len(noise), dtype=torch.bool, device=model.device)
+    lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
+    for uniform in noise.T:
+        cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
+        tokens.append(token.clamp_(max=cdf.shape[1] - 1))
+        lengths += ~ended
+        ended |= torch.isin(token[:, 0], stops)
+        if ended.all() or len(tokens) == noise.shape[1]:
             break
-        logits = model(input_ids=token, attention_mask=mask[:, : t + 1 - T], position_ids=last + t + 1,
-                       past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    rows = [cut_after_stop(row, stop_ids) for row in torch.cat(tokens, 1).tolist()]
-    return [rows[i : i + K] for i in range(0, B * K, K)]
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = forward(model, token, mask, 1, cache)[:, -1]
+    return [ids[:length] for ids, length in zip(torch.cat(tokens, 1).tolist(), lengths.tolist())]
 
 
-def cut_after_stop(ids: Ids, stop_ids: list[int]) -> Ids:
-    """[5, 6, eos, 9] -> [5, 6, eos]; a response that never stopped gets no EOS."""
-    end = next((t for t, token in enumerate(ids) if token in stop_ids), len(ids))
-    return ids[: end + 1]
+def respond(model, tokenizer, rows, ks, step, args):
+    """The responses of `model` with the numbers `ks`, to which their noise belongs, to each row."""
+    stops, ids = stop_token_ids(model, tokenizer), []
+    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
+    asked = [(row.index, prompt, k) for row, prompt in zip(rows, prompts) for k in ks]
+    with inference(model, args) as model:
+        for part in chunks(asked, SAMPLING_BATCH_SIZE):
+            noise = [sampling_noise(args.seed, step, index, k, args.max_new_tokens) for index, _, k in part]
+            prompts = [prompt for _, prompt, _ in part]
+            ids += sample(model, prompts, torch.tensor(np.array(noise)), args.temperature, stops)
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+    return chunks([Candidate(one, text.strip()) for one, text in zip(ids, texts)], len(ks))
 
 
-def bf16_copy(model):
-    """A frozen copy in bf16, made without one in fp32; buffers, such as rotary frequencies, keep their precision.
-
-    Decoding reads every weight for every token, and autocast would cast them anew each time."""
-    cast = lambda parameter: torch.nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
-    return copy.deepcopy(model, {id(parameter): cast(parameter) for parameter in model.parameters()})
+def sample_policy(models, rows, step, args):
+    """OSP's candidates: K responses of the policy as it stands. Source: the paper's Figure 2."""
+    return respond(models.policy, models.tokenizer, rows, range(args.num_generations), step, args)
 
 
-def sample_responses(model, tokenizer, prompt_ids: list[Ids], noise: torch.Tensor, args: Arguments) -> list[list[Ids]]:
-    """`sample`, a few prompts at a time; with --bf16 from a bf16 copy of the policy as it stands."""
-    if args.bf16 and next(model.parameters()).dtype == torch.float32 and not isinstance(model, FSDPModule):
-        model = bf16_copy(model)
-    stops, pad = stop_token_ids(model, tokenizer), pad_token_id(tokenizer)
-    size = max(1, SAMPLING_BATCH_SIZE // noise.shape[1])
-    draw = lambda rows: sample(model, prompt_ids[rows.start : rows.stop], noise[rows.start : rows.stop],
-                               args.temperature, stops, pad)
-    return [responses for part in divided(model, draw, range(len(prompt_ids)), size) for responses in part]
+# 7. Rank against one baseline, and pair -----------------------------------------------------------
+def ranking_scores(models, rows, candidates, args):
+    """Each prompt's candidates -> their scores 1 - P(A), each as B beside the prompt's first one as A.
+
+    K questions, not K^2. Source: the surveys' account of OSP's ranked pairing. Reconstruction: the first
+    as baseline, which being on-policy keeps the comparisons informative; one order only, since the
+    judge's liking for A or B is the same in all K and leaves their order as it is."""
+    texts = []
+    for row, found in zip(rows, candidates):
+        texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
+    with inference(models.judge, args) as judge:
+        p_a = verdict_probabilities(judge, models.tokenizer, *columns(texts), args.micro_batch_size)
+    remaining = iter(p_a)
+    return [[1 - next(remaining) for _ in found] for found in candidates]
 
 
-def candidates(policy, sft, tokenizer, prompts: list[Prompt], prompt_ids: list[Ids], noise: torch.Tensor, data: Data,
-               args: Arguments) -> list[list[Ids]]:
-    """Where candidates come from: B lists of K responses, or of the data's chosen and rejected ones in turn."""
-    if args.response_source != "dataset":
-        return sample_responses(policy if args.response_source == "policy" else sft, tokenizer, prompt_ids, noise, args)
-    pairs = [data.pairs[prompt_key(prompt)][: args.num_generations // 2] for prompt in prompts]
-    return [encode_responses(tokenizer, [prompt] * 2 * len(rows), sum(map(list, rows), []), args.max_new_tokens)
-            for prompt, rows in zip(prompts, pairs)]
+def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """K scores of one prompt's responses -> K//2 pairs (better, worse): best with worst, then inwards.
 
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 6. Rank against one baseline, and pair
-# ----------------------------------------------------------------------------------------------------------------------
-def ranking_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], asked: dict,
-                   micro_batch_size: int = 8, both: bool = True) -> torch.Tensor:
-    """B prompts with K texts each -> (B, K) scores: the strength of each against the first, whose own score is 1/2.
-
-    O(K) questions instead of O(K^2). Source: the surveys' account of OSP's ranked pairing. The first candidate as the
-    baseline is reconstruction: being on-policy, it keeps the comparisons informative as the policy improves."""
-    B, K = len(texts), len(texts[0])
-    rows = [(prompt, text, row[0]) for prompt, row in zip(prompts, texts) for text in row[1:]]
-    strengths = preference_strength(judge, tokenizer, *map(list, zip(*rows)), asked, micro_batch_size, both)
-    return torch.cat([torch.full((B, 1), 0.5), strengths.reshape(B, K - 1)], 1)
-
-
-def candidate_scores(judge, tokenizer, prompts: list[Prompt], texts: list[list[str]], noise: torch.Tensor, asked: dict,
-                     args: Arguments) -> tuple[list[list[float]], str]:
-    """What the pairs are made by, and the `construction` by which ranked_pairs reads it: ranking_scores; for random pairs
-    the uniform noise (B, K); for the data's own pairs numbers that fall from one to the next, so that neighbours pair."""
-    if args.response_source == "dataset":
-        return [list(range(len(row), 0, -1)) for row in texts], "adjacent"
-    if args.pair_construction == "random":
-        return noise.tolist(), "ranked"
-    scores = ranking_scores(judge, tokenizer, prompts, texts, asked, args.micro_batch_size, args.judge_both_orders)
-    return scores.tolist(), args.pair_construction
-
-
-def ranked_pairs(scores, construction: str = "ranked") -> list[tuple[int, int]]:
-    """K scores of one prompt's responses -> K//2 pairs of indices (better, worse): best with worst, then inwards.
-
-    [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order. Reconstruction: one
-    prompt then yields pairs from a landslide to a near tie, which is the point of modelling strength.
-    For comparison: best_worst keeps (1, 2) alone; adjacent gives (1, 3), (0, 2)."""
+    [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order.
+    Source: the paper for K//2. Reconstruction: which; they range from a landslide to a near tie."""
     order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
-    if construction == "adjacent":
-        return list(zip(order[::2], order[1::2]))
-    pairs = [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
-    return pairs[:1] if construction == "best_worst" else pairs
+    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
 
 
-def pair_responses(scores: Sequence, responses: list[list[Ids]],
-                   construction: str = "ranked") -> tuple[list[tuple[int, int, int]], int]:
-    """(B, K) scores and responses -> P triples (prompt, better, worse), and how many identical pairs were dropped."""
-    pairs = [(i, j, k) for i, row in enumerate(scores) for j, k in ranked_pairs(row, construction)]
-    kept = [(i, j, k) for i, j, k in pairs if responses[i][j] != responses[i][k]]
-    return kept, len(pairs) - len(kept)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 7. Judge: the frozen SFT model says how strongly it prefers one response to another
-# ----------------------------------------------------------------------------------------------------------------------
+# 8. Judge: the frozen SFT model says how strongly it prefers one response to another --------------
 @torch.no_grad()
-def verdict_probabilities(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
-                          asked: dict | None = None, micro_batch_size: int = 8,
-                          both: bool = True) -> tuple[torch.Tensor, torch.Tensor]:
-    """P pairs of texts -> P("A") with response 1 shown as A, and P("A") with response 2 shown as A: (P,) each, in [0, 1].
-    With `both` False only the first is asked, and the second is what a judge without position bias would say.
+def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, micro_batch_size=8) -> list[float]:
+    """N questions -> P(A) of each: softmax over the logits of the two verdict tokens that may follow.
 
-    P("A") is the softmax over the logits of the two verdict tokens after the question. `asked` maps a question's ids to
-    its answer: what stands there is not asked again, and what is asked is added. Equal questions are asked once."""
-    asked, verdicts = {} if asked is None else asked, list(verdict_format(tokenizer)[1:])
-    ones, twos = list(responses_1), list(responses_2)
-    columns = (list(prompts) * 2, ones + twos, twos + ones) if both else (list(prompts), ones, twos)
-    questions = list(map(tuple, encode_questions(tokenizer, *columns, context_length(judge))))
+    Equal questions are asked once. What a prompt's questions have in common at their beginning, their head, is
+    computed once for all of them."""
     judge.eval()
-
-    def answers(rows: Sequence) -> dict[tuple, float]:
-        logits = last_logits(judge, rows, pad_token_id(tokenizer))[:, verdicts]
-        return dict(zip([head + tail for head, tail in rows], logits.float().softmax(-1)[:, 0].tolist()))
-
-    for part in divided(judge, answers, shared_heads(set(questions) - asked.keys()), micro_batch_size):
-        asked.update(part)
-    first = torch.tensor([asked[ids] for ids in questions])
-    if not first.isfinite().all():
-        raise Stop("The judge's verdicts are not numbers (NaN): its weights, or their precision, are broken.", code=1)
-    return first[: len(ones)], first[len(ones) :] if both else 1 - first
-
-
-def last_logits(model, rows: list[tuple[tuple[int, ...], tuple[int, ...]]], pad: int) -> torch.Tensor:
-    """N sequences as (head, tail) -> the logits (N, V) after each one's last token; equal heads are computed once."""
-    cache, _, mask = prefill(model, [list(head) for head, _ in rows], pad)
-    tails = padded([list(tail) for _, tail in rows], [[]] * len(rows), pad, model.device)
-    mask = torch.cat([mask, tails["attention_mask"]], 1)
-    ids = tails["input_ids"]
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions(mask)[:, -ids.shape[1] :],
-                 past_key_values=cache, use_cache=True, logits_to_keep=1).logits[:, -1]
+    _, a, b = verdict_format(tokenizer)
+    questions = encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, context_length(judge))
+    of_prompt, rows, p_a = {}, [], {}
+    for prompt, ids in zip(prompts, questions):
+        of_prompt.setdefault(transcript(prompt), set()).add(tuple(ids))
+    for group in of_prompt.values():
+        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))
+        rows += [(list(ids[:shared]), list(ids[shared:])) for ids in group]
+    for part in chunks(sorted(rows, key=lambda row: (len(row[0]), row)), micro_batch_size):
+        heads, tails = zip(*part)
+        cache, _, mask = prefill(judge, heads)
+        ids, tail_mask = padded(tails, [[]] * len(part), judge.device)
+        logits = forward(judge, ids, torch.cat([mask, tail_mask], 1), 1, cache)[:, -1, [a, b]]
+        for (head, tail), p in zip(part, logits.float().softmax(-1)[:, 0].tolist()):
+            p_a[tuple(head + tail)] = p
+    if any(map(math.isnan, p_a.values())):
+        raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
+    return [p_a[tuple(ids)] for ids in questions]
 
 
-def shared_heads(questions: Iterable[tuple[int, ...]]) -> list[tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Distinct questions as ids -> each as (head, tail), where equal heads are side by side, to be computed once.
-
-    Neighbours in sorted order form the groups, of 64 at most, that leave the fewest tokens to compute: n questions
-    that share c tokens save (n - 1) c. Those against the baseline as A share all up to B, the others their prompt."""
-    rows, best = sorted(questions), [(0, 0, 0)]  # best[j]: tokens saved in rows[:j], the last group's start and c
-    common = [len(os.path.commonprefix([one[:-1], two[:-1]])) for one, two in zip(rows, rows[1:])]
-    for j, row in enumerate(rows):
-        c, options = len(row) - 1, []
-        for i in range(j, max(-1, j - 64), -1):
-            c = min(c, common[i]) if i < j else c
-            options.append((best[i][0] + (j - i) * c, i, c))
-        best.append(max(options))
-    split, j = [], len(rows)
-    while j:
-        _, i, c = best[j]
-        split, j = split + [(ids[:c], ids[c:]) for ids in rows[i:j]], i
-    return sorted(split, key=lambda row: (len(row[0]), row[0], len(row[1])))
+def both_orders(judge, tokenizer, prompts, ones, twos, micro_batch_size=8) -> tuple[Tensor, Tensor]:
+    """P pairs of texts -> P(A) with response 1 shown as A, and with response 2 shown as A, (P,) each."""
+    p_a = verdict_probabilities(judge, tokenizer, prompts * 2, ones + twos, twos + ones, micro_batch_size)
+    return torch.tensor(p_a[: len(prompts)]), torch.tensor(p_a[len(prompts):])
 
 
-def both_orders(p_12: torch.Tensor, p_21: torch.Tensor) -> torch.Tensor:
-    """(P,), (P,) -> (P,): the average over both orders, in the form that in floats is exactly 1/2 for equal ones."""
+def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
+    """(P,), (P,) -> (P,): the mean of both orders, in the form that gives equal texts exactly 1/2."""
     return (p_12 + (1 - p_21)) / 2
 
 
-def preference_strength(judge, tokenizer, prompts: list[Prompt], responses_1: list[str], responses_2: list[str],
-                        asked: dict | None = None, micro_batch_size: int = 8, both: bool = True) -> torch.Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1]. Source: the paper; averaging both orders is reconstruction.
+def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
+                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1.
 
-    With both orders p(1 > 2) + p(2 > 1) = 1, and identical responses give exactly 1/2."""
-    rows = prompts, responses_1, responses_2
-    return both_orders(*verdict_probabilities(judge, tokenizer, *rows, asked, micro_batch_size, both))
-
-
-def training_labels(strength: torch.Tensor, noise: torch.Tensor, args: Arguments) -> torch.Tensor:
-    """Who decides the strength: the judge's strengths and uniform noise, (P,) each -> what the loss is given (P,).
-
-    --label_noise e makes of p what a judge says whose verdict is turned round e of the time, (1 - e) p + e (1 - p)."""
-    strength = strength + args.label_noise * (1 - 2 * strength)
-    drawn = (noise < strength).float()
-    return {"strength": strength, "drawn": drawn, "data": torch.ones_like(strength)}[args.labels]
+    Source: the paper for the probability of a verdict. Reconstruction: the average of both orders."""
+    verdicts = both_orders(model, tokenizer, prompts, responses_1, responses_2, micro_batch_size)
+    return averaged_strength(*verdicts)
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 8. The SPCE loss
-# ----------------------------------------------------------------------------------------------------------------------
-def implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta: float) -> torch.Tensor:
-    """(P,) each -> h (P,) = beta * [(log pi(1) - log pi_SFT(1)) - (log pi(2) - log pi_SFT(2))]. Source: DPO."""
-    return beta * ((policy_logps_1 - ref_logps_1) - (policy_logps_2 - ref_logps_2))
+def ask_judge(judge, tokenizer, texts, args):
+    """both_orders of P (prompt, response 1, response 2)s."""
+    with inference(judge, args) as judge:
+        return both_orders(judge, tokenizer, *columns(texts), args.micro_batch_size)
 
 
-def spce_loss(policy_logps_1: torch.Tensor, policy_logps_2: torch.Tensor, ref_logps_1: torch.Tensor,
-              ref_logps_2: torch.Tensor, strength: torch.Tensor, beta: float) -> torch.Tensor:
-    """Soft-preference cross-entropy: logps (P,) and strengths p(1 > 2) (P,) -> losses (P,), not reduced.
+def judge_pairs(models, pairs, args):
+    """OSP's strengths: what the frozen judge says of each pair. Notes its two verdicts on the pair."""
+    texts = [(pair.row.prompt, pair.better.text, pair.worse.text) for pair in pairs]
+    p_12, p_21 = ask_judge(models.judge, models.tokenizer, texts, args)
+    for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
+        pair.verdicts = verdicts
+    return averaged_strength(p_12, p_21).tolist()
 
-        L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],    dL/dh = sigmoid(h) - p,    least at h = logit(p)
 
-    p = 1 is DPO; p = 1 - eps is conservative DPO. Source: name and purpose are the paper's; reconstruction: the formula,
-    the cross-entropy between the judge's Bernoulli(p) and the policy's Bernoulli(sigmoid(h))."""
-    h = implicit_margin(policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, beta)
+# 9. The SPCE loss ---------------------------------------------------------------------------------
+def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
+    """Soft-preference cross-entropy: rewards and strengths p(1 > 2), (P,) each -> losses (P,), unreduced.
+
+        h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
+
+    It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. Source: the paper for its
+    name and purpose. Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and
+    the policy's Bernoulli(sigmoid(h))."""
+    h = reward_1 - reward_2
     return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
 
 
-def pair_loss(loss_type: str, policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2, strength,
-              beta: float) -> torch.Tensor:
-    """The loss by its name -> (P,). For comparison with SPCE, on strengths rounded to 0 or 1 (ties stay ties):
-
-    dpo: DPO on the same pairs. ipo: (h / beta - 1 / (2 beta))^2 with h from winner to loser. Source: Azar et al., eq. 17."""
-    logps = policy_logps_1, policy_logps_2, ref_logps_1, ref_logps_2
-    if loss_type != "spce":
-        strength = (strength > 0.5).float().where(strength != 0.5, 0.5)
-    if loss_type == "ipo":
-        return ((2 * strength - 1) * implicit_margin(*logps, beta) / beta - 1 / (2 * beta)) ** 2
-    return spce_loss(*logps, strength, beta)
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 9. Update: log-probabilities, micro-batches, one optimiser step
-# ----------------------------------------------------------------------------------------------------------------------
-def padded(prompt_ids: list[Ids], response_ids: list[Ids], pad: int, device) -> dict[str, torch.Tensor]:
-    """N prompts padded on the left and N responses on the right, so that all meet at one column; positions skip padding.
-
-    [1 2 3], [4] and [5], [6 7] -> input_ids [[1 2 3 5 .], [. . 4 6 7]], attention_mask [[1 1 1 1 0], [0 0 1 1 1]]."""
-    P, R = max(map(len, prompt_ids)), max(map(len, response_ids))
-    rows = [(P - len(p), p + r, R - len(r)) for p, r in zip(prompt_ids, response_ids)]
-    ids = torch.tensor([[pad] * left + row + [pad] * right for left, row, right in rows], device=device)
-    mask = torch.tensor([[0] * left + [1] * len(row) + [0] * right for left, row, right in rows], device=device)
-    return {"input_ids": ids, "attention_mask": mask, "position_ids": positions(mask)}
-
-
-def positions(mask: torch.Tensor) -> torch.Tensor:
-    """(N, T) attention mask -> (N, T) positions that skip padding, wherever it stands."""
-    return (mask.cumsum(-1) - 1).clamp(min=0)
-
-
-def prefill(model, prompt_ids: list[Ids], pad: int) -> tuple[transformers.Cache, torch.Tensor, torch.Tensor]:
-    """N prompts -> their keys and values, the logits (N, 1, V) that follow, the mask (N, T). Equal prompts are computed once,
-    and the gradients of all that continue them go back through the one."""
-    distinct = {tuple(ids): i for i, ids in enumerate(dict.fromkeys(map(tuple, prompt_ids)))}
-    inputs = padded(list(map(list, distinct)), [[]] * len(distinct), pad, model.device)
-    cache = transformers.DynamicCache(config=model.config)
-    logits = model(**inputs, past_key_values=cache, use_cache=True, logits_to_keep=1).logits
-    rows = torch.tensor([distinct[tuple(ids)] for ids in prompt_ids], device=model.device)
-    cache.batch_select_indices(rows)
-    return cache, logits[rows], inputs["attention_mask"][rows]
-
-
-def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int) -> torch.Tensor:
-    """N prompts and responses as ids -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond each one's end.
-
-    Logits are made at the response's positions only. A prompt that several rows share is computed once: its keys and
-    values serve all of them and carry their gradients back. Not so with gradient checkpointing, which keeps no cache."""
-    inputs, T = padded(prompt_ids, response_ids, pad, model.device), max(map(len, response_ids))
-    distinct = len(set(map(tuple, prompt_ids)))
-    alone = distinct == len(prompt_ids) or T == 1 or model.training and model.is_activation_checkpointing
-    if isinstance(model, FSDPModule) and torch.is_grad_enabled():
-        alone = any(collected([alone]))  # sharded passes are done together, so all processes need the same number
-    if alone:
-        logits = model(**inputs, logits_to_keep=T + 1, use_cache=False).logits[:, -T - 1 : -1]
-    else:
-        cache, first, _ = prefill(model, prompt_ids, pad)
-        rest = model(input_ids=inputs["input_ids"][:, -T:-1], attention_mask=inputs["attention_mask"][:, :-1],
-                     position_ids=inputs["position_ids"][:, -T:-1], past_key_values=cache, use_cache=True).logits
-        logits = torch.cat([first, rest], 1)
-    logps = logits.float().log_softmax(-1).gather(-1, inputs["input_ids"][:, -T:, None])[:, :, 0]
-    return logps.where(inputs["attention_mask"][:, -T:].bool(), 0.0)
-
-
-def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int,
-                   micro_batch_size: int = 8) -> torch.Tensor:
-    """N prompts and responses as ids -> (N,) fp32 logps in nats: sums over each response's tokens, its EOS included.
-
-    Sums and not means, because the implicit reward is a ratio of the probabilities of whole responses."""
-    order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i], len(response_ids[i])))
-
-    def part(rows: Sequence[int]) -> torch.Tensor:
-        return token_logps(model, [prompt_ids[i] for i in rows], [response_ids[i] for i in rows], pad_token_id).sum(-1)
-
-    if torch.is_grad_enabled():  # an update, whose micro-batches are divided already
-        sums = [part(rows) for rows in chunks(order, micro_batch_size)]
-    else:
-        sums = divided(model, lambda rows: part(rows).cpu(), order, micro_batch_size)
-    return torch.cat(sums).to(model.device)[torch.tensor(order, device=model.device).argsort()]
-
-
-class Pairs(NamedTuple):
-    """The P pairs of one step: ids, and (P,) tensors."""
-
-    prompt_ids: list[Ids]
-    chosen_ids: list[Ids]
-    rejected_ids: list[Ids]
-    strength: torch.Tensor  # p(chosen > rejected), see training_labels; below 1/2 where it contradicts the ranking
-    ref_chosen_logps: torch.Tensor
-    ref_rejected_logps: torch.Tensor
-
-
-def update(policy, optimizer, scheduler, pairs: Pairs, args: Arguments, pad: int, step: int) -> dict[str, float]:
-    """One optimiser step on the mean loss over the step's P pairs; micro-batches do not change the gradient.
-
-    Returns the figures of the whole step: loss, strength_mean, strength_std, margin, margin_accuracy (share of decided
-    pairs with h > 0 where the strength says so), kl (nats, mean over the paired responses), grad_norm before clipping."""
-    policy.train()
-    P, done = len(pairs.strength), []
-    for rows, weight in own_chunks(range(P), max(1, args.micro_batch_size // 2)):
-        prompt_ids, chosen_ids, rejected_ids, strength, *refs = (column[rows.start : rows.stop] for column in pairs)
-        with precision(policy, args):
-            logps = response_logps(policy, prompt_ids * 2, chosen_ids + rejected_ids, pad, args.micro_batch_size)
-        loss = pair_loss(args.loss_type, *logps.chunk(2), *refs, strength, args.beta)
-        (weight * loss.sum() / P).backward()
-        logps = logps.detach()
-        figures = loss.detach(), implicit_margin(*logps.chunk(2), *refs, args.beta), logps - torch.cat(refs)
-        done += [[figure.cpu() for figure in figures]] if weight else []
-    losses, margin, log_ratios = map(torch.cat, zip(*collected(done)))
-    loss, strength = losses.mean().item(), pairs.strength.cpu()
-    agree = ((margin > 0) == (strength > 0.5))[strength != 0.5].float()
-    grad_norm = optimizer_step(policy, optimizer, scheduler, loss, args, f"step {step + 1}")
-    return {"loss": loss, "strength_mean": strength.mean().item(), "strength_std": strength.std(correction=0).item(),
-            "margin": margin.mean().item(), "margin_accuracy": agree.mean().item() if len(agree) else 0.5,
-            "kl": log_ratios.mean().item(), "grad_norm": grad_norm}
-
-
-def optimizer_and_schedule(model, learning_rate: float, steps: int, args: Arguments):
+# 10. Update: one optimiser step on all parameters -------------------------------------------------
+def start_training(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = math.ceil(args.warmup_steps * steps) if args.warmup_steps < 1 else int(args.warmup_steps)
-    return optimizer, transformers.get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps)
+    weights, warmup = models.policy.parameters(), args.warmup_steps
+    if warmup < 1:
+        warmup = math.ceil(warmup * steps)
+    models.optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+    models.scheduler = transformers.get_scheduler(args.lr_scheduler_type, models.optimizer, int(warmup), steps)
 
 
-def optimizer_step(model, optimizer, scheduler, loss: float, args: Arguments, where: str) -> float:
-    """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop rather than write a NaN."""
-    grad_norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.max_grad_norm)).item()
+def optimizer_step(models, loss, where, args):
+    """Clips, steps, forgets the gradients; returns their norm before. Raises Stop before a NaN is written."""
+    grad_norm = torch.nn.utils.clip_grad_norm_(models.policy.parameters(), args.max_grad_norm)
+    grad_norm = whole(grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left as they were: "
-                   "lower the learning rate, or go on with --resume_from_checkpoint latest.", code=1)
-    optimizer.step()
-    scheduler.step()
-    optimizer.zero_grad()
+        raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left "
+                   "as they were: lower the learning rate, or go on from the last checkpoint with "
+                   "--resume_from_checkpoint latest.", code=1)
+    models.optimizer.step()
+    models.scheduler.step()
+    models.optimizer.zero_grad()
     return grad_norm
 
 
 def step_indices(n: int, size: int, step: int, seed: int) -> list[int]:
-    """The rows of one step: every epoch is a new order of all n, its last step may be smaller. A function of the step
-    alone, so that a resumed run needs no other data position."""
+    """The rows of a step: every epoch is a new order of all n, its last step may be smaller. A function of
+    the step alone, so that a resumed run needs no other data position."""
     epoch, position = divmod(step, math.ceil(n / size))
-    return np.random.default_rng((seed, epoch)).permutation(n)[position * size : (position + 1) * size].tolist()
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    return order[position * size : (position + 1) * size].tolist()
 
 
-def chunks(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Consecutive slices of at most `size` items."""
-    return (items[i : i + size] for i in range(0, len(items), size))
+def prompts_and_responses(pairs):
+    """P pairs -> N = 2P prompts and responses as ids: all the better ones, then all the worse ones."""
+    prompts = [pair.row.ids for pair in pairs]
+    return prompts * 2, [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 10. Evaluate: the policy against pi_SFT on held-out prompts, and the judge on held-out pairs
-# ----------------------------------------------------------------------------------------------------------------------
+def update(models, pairs, method, step, args):
+    """One optimiser step on the mean loss over all P pairs, however they are cut into micro-batches. Notes on
+    each pair what it saw."""
+    policy, seen = models.policy.train(), []
+    for part, weight in own_micro_batches(pairs, max(1, args.micro_batch_size // 2)):
+        strength = torch.tensor([pair.strength for pair in part], device=policy.device)
+        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=policy.device).T
+        with precision(policy, args):
+            logps = response_logps(policy, *prompts_and_responses(part), micro_batch_size=2 * len(part))
+        reward_1, reward_2 = args.beta * (logps.reshape(2, -1) - ref_logps)
+        losses = method.loss(reward_1, reward_2, strength)
+        (weight * losses.sum() / len(pairs)).backward()
+        if weight:
+            seen.append(torch.stack([losses, reward_1, reward_2], 1).tolist())
+    for pair, pair_seen in zip(pairs, sum(collected(seen), [])):
+        pair.seen = pair_seen
+    loss, rate = sum(pair.seen[0] for pair in pairs) / len(pairs), models.scheduler.get_last_lr()[0]
+    return {"learning_rate": rate, "grad_norm": optimizer_step(models, loss, f"step {step + 1}", args)}
+
+
+# 11. One step, the whole run, and the table of stages ---------------------------------------------
+def make_pairs(models, rows, method, step, args, seconds):
+    """A step before its update: each row's candidates, and all pairs. Those that end without strength are
+    dropped: the identical ones, and those that the method does not want."""
+    rows = own_share(rows)
+    with timed(seconds, "sample"):
+        candidates = method.sample(models, rows, step, args)
+    with timed(seconds, "rank"):
+        scores = method.score(models, rows, candidates, args)
+    pairs = []
+    for row, found, row_scores in zip(rows, candidates, scores):
+        for candidate, score in zip(found, row_scores):
+            candidate.score = score
+        pairs.append([Pair(row, found[i], found[j]) for i, j in method.pair(row_scores)])
+    with timed(seconds, "judge"):
+        different = [pair for pair in itertools.chain(*pairs) if pair.better.ids != pair.worse.ids]
+        for pair, strength in zip(different, method.strength(models, different, args)):
+            pair.strength = strength
+    with timed(seconds, "reference"):
+        logps = frozen_logps(models.reference, *prompts_and_responses(different), args)
+        for pair, pair_logps in zip(different, logps.reshape(2, -1).T.tolist()):
+            pair.ref_logps = pair_logps
+    return collected(candidates), list(itertools.chain(*collected(pairs)))
+
+
+def train_step(models, rows, method, step, args):
+    """One step of the paper's Figure 2. Returns its line of metrics.jsonl, the candidates, the pairs."""
+    seconds, figures = {}, {}
+    candidates, pairs = make_pairs(models, rows, method, step, args, seconds)
+    kept = [pair for pair in pairs if pair.strength is not None]
+    if kept:
+        with timed(seconds, "update"):
+            figures = update(models, kept, method, step, args)
+    method.after_step(models, step, args)
+    metrics = {"step": step + 1} | step_figures(models, candidates, pairs, method, args) | figures | seconds
+    tokens = metrics["response_tokens"] * sum(map(len, candidates))
+    return metrics | {"tokens_per_second": tokens / sum(seconds.values())}, candidates, pairs
+
+
+def train(models, data, method, args, seconds):
+    """Online training: each step samples from the policy that the last one left. Returns the summary."""
+    steps = args.num_train_epochs * math.ceil(len(data.rows) / args.prompts_per_step)
+    if args.max_steps >= 0:
+        steps = min(steps, args.max_steps)
+    start_training(models, args.learning_rate, steps, args)
+    add_start_responses(models, data.held_out + data.ood, args)
+    evaluation = None
+    with timed(seconds, "train"):
+        for step, show in resumable_steps("checkpoint", steps, models, args):
+            rows = [data.rows[i] for i in step_indices(len(data.rows), args.prompts_per_step, step, args.seed)]
+            metrics, candidates, pairs = train_step(models, rows, method, step, args)
+            if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
+                evaluation = evaluate(models, data.held_out, data.gold, args)
+                metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
+            if step in (0, steps // 2, steps - 1):
+                write_samples(step + 1, rows, candidates, pairs, args)
+            log_step(metrics, show, args)
+    save_model(models, args.output_dir)
+    evaluation = evaluation or evaluate(models, data.held_out, data.gold, args)
+    return report(evaluation | seconds, models, data, args)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """The stages; the defaults are OSP. A variant replaces some: dataclasses.replace(Method(), loss=...)."""
+
+    sample: Callable = sample_policy  # models, rows, step, args -> candidates of each row
+    score: Callable = ranking_scores  # models, rows, candidates, args -> scores of each row's candidates
+    pair: Callable = ranked_pairs  # scores of one row -> pairs of indices (better, worse)
+    strength: Callable = judge_pairs  # models, pairs, args -> strength of each pair; None drops it
+    loss: Callable = spce_loss  # reward_1, reward_2, strength, (P,) each -> losses (P,)
+    figures: Callable = lambda pairs, reward_1, reward_2: {}  # what else to log of a step
+    after_step: Callable = lambda models, step, args: None
+    moves_reference: bool = False  # whether after_step does; the reference is then a model of its own
+    run: Callable = train  # what is done with the models
+
+
+METHODS: dict[str, Callable] = {"osp": lambda args: Method()}  # name -> what makes it from the arguments
+
+
+def main(argv: list[str] | None = None) -> dict:
+    """Runs a method by the command line; returns the figures of summary.json. Raises Stop."""
+    seconds = {"seconds_sft": 0.0}
+    start_process()
+    args = parse_arguments(argv)
+    start, resumed = open_run(args)
+    policy, tokenizer = load_model(start, args)
+    eval_judge = frozen(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
+    method = METHODS[args.method](args)
+    data = load_data(policy, tokenizer, eval_judge, args)
+    begin_run(resumed, args)  # all input was checked: from here on files are written
+
+    models = Models(tokenizer, placed(policy, args))
+    if data.sft_pairs and start == args.model_name_or_path:
+        with timed(seconds, "sft"):
+            supervised_finetune(models, data.sft_pairs, args)
+            start = save_sft(models, args)
+    models.start, _ = frozen(start, args)  # pi_SFT
+    models.judge = models.reference = models.start
+    if method.moves_reference:
+        models.reference, _ = frozen(start, args)
+    models.eval_judge = eval_judge or (models.start, tokenizer)
+    return method.run(models, data, method, args, seconds)
+
+
+# ==================================================================================================
+# Part II: what makes it practical. A reader of the method may stop here.
+# ==================================================================================================
+# 12. The command line -----------------------------------------------------------------------------
+BUILTIN = {
+    "max_new_tokens": 16, "micro_batch_size": 96, "sft_learning_rate": 3e-3, "sft_batch_size": 48,
+    "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13, "reference_steps": 39}
+LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "num_generations": 2}
+
+
+def parse_arguments(argv):
+    """The command line as Arguments, checked. Raises Stop."""
+    own = " ".join(f"--{name} {value}" for name, value in BUILTIN.items())
+    parser = HfArgumentParser(Arguments, allow_abbrev=False, epilog=f"Defaults of the built-in task: {own}")
+    helps = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(Arguments), re.M))
+    for action in parser._actions:
+        action.help = helps.get(action.dest, action.help)
+    parser.error = refuse
+    parser._negative_number_matcher = re.compile(r"-[\d.]")  # else -1e-5 passes for an option
+    if parser.parse_known_args(argv)[0].model_name_or_path is None:
+        parser.set_defaults(**BUILTIN)
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], ["--" + name for name in vars(values)], 1, 0)
+        refuse(f"{unknown[0]} is no argument; the nearest one is {near[0]}")
+    args = Arguments(**vars(values))
+    for name, value in vars(args).items():
+        least = LEAST.get(name, 1e-12)
+        if type(value) in (int, float) and not least <= value < 2**32:
+            refuse(f"--{name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}")
+    if args.method not in METHODS:
+        refuse(f"--method is {args.method!r}: it must be one of {', '.join(METHODS)}")
+    if args.dataset_name and not args.model_name_or_path:
+        refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
+    if args.resume_from_checkpoint not in (None, "latest"):
+        refuse(f"--resume_from_checkpoint is {args.resume_from_checkpoint!r}: give latest, or leave it out")
+    try:
+        args.chat_template_kwargs = dict(json.loads(args.chat_template_kwargs))
+    except (ValueError, TypeError) as error:
+        refuse(f"--chat_template_kwargs is no JSON object ({cause(error)}): write it as in --help")
+    if args.output_dir is None:
+        model, data = Path(args.model_name_or_path or "builtin").name, Path(args.dataset_name or "").name
+        names = [model, data, args.dataset_config, args.dataset_data_dir, args.method.replace("osp", "")]
+        args.output_dir = f"runs/{'-'.join(filter(None, names)).replace('/', '-')}-seed{args.seed}"
+    args.output_dir = Path(args.output_dir)
+    return args
+
+
+def refuse(sentence):
+    """Raises Stop, for a mistake that shows before the first step."""
+    raise Stop(sentence + ".")
+
+
+def cause(error):
+    """The first line of a library's message, for a sentence of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+
+
+# 13. Evaluate and report --------------------------------------------------------------------------
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
+REPORT = [
+    "gold_reward", "win_rate_vs_sft", "win_rate_vs_sft_se", "ood_win_rate_vs_sft", "kl", "response_tokens",
+    "cut_fraction", "distinct_fraction", "judge_accuracy", "judge_calibration_error", "judge_ece", "order_agreement"]
 
 
-def held_out_responses(model, tokenizer, prompts: list[Prompt], k: int, args: Arguments) -> list[Ids]:
-    """One sampled response to each held-out prompt; another k gives another one."""
-    noise = sampling_noise(args.seed, EVALUATION, range(len(prompts)), [k], args.max_new_tokens)
-    return [row[0] for row in sample_responses(model, tokenizer, encode_prompts(tokenizer, prompts), noise, args)]
+def means(**columns):
+    """The mean of each column; those without values are left out."""
+    return {name: float(np.mean(np.asarray(values))) for name, values in columns.items() if len(values)}
 
 
-def evaluate(policy, sft, tokenizer, data: Data, rows: datasets.Dataset, known: dict, judge,
-             args: Arguments) -> tuple[dict, list[tuple[Prompt, str, str]]]:
-    """The figures on the prompts of held-out or out-of-domain rows, and samples (prompt, response of pi_SFT, of the
-    policy). pi_SFT, which does not move, responds once: `known` keeps its responses.
+def described(models, responses):
+    """What responses are like; `cut_fraction` is the share that --max_new_tokens cut off."""
+    stops, ids = stop_token_ids(models.policy, models.tokenizer), [tuple(response.ids) for response in responses]
+    return means(response_tokens=[len(one) for one in ids], cut_fraction=[one[-1] not in stops for one in ids],
+                 distinct_fraction=[len(set(ids)) / len(ids)])
 
-    win_rate_vs_sft: share of prompts on which the policy's gold is higher, plus half the ties; without gold the mean
-    strength by `judge`, a (model, tokenizer). kl: nats, mean over the policy's responses of log pi_theta - log pi_SFT."""
-    prompts, pad, size = distinct_prompts(rows, args.num_eval_prompts), pad_token_id(tokenizer), args.micro_batch_size
-    if id(rows) not in known:
-        known[id(rows)] = held_out_responses(sft, tokenizer, prompts, 0, args)
-    ids, before = encode_prompts(tokenizer, prompts), known[id(rows)]
-    after = held_out_responses(policy, tokenizer, prompts, 1, args)
-    texts_before, texts_after = decode(tokenizer, before), decode(tokenizer, after)
-    with torch.no_grad(), precision(policy, args):
-        kl = response_logps(policy, ids, after, pad, size) - response_logps(sft, ids, after, pad, size)
-    if data.gold:
-        gold_before, gold_after = (torch.tensor(list(map(data.gold, prompts, t))) for t in (texts_before, texts_after))
-        wins = (gold_after > gold_before).float() + (gold_after == gold_before).float() / 2
-        figures = {"gold_reward": gold_after.mean().item(), "gold_reward_sft": gold_before.mean().item()}
+
+def add_start_responses(models, rows, args):
+    """Notes on each row the response of pi_SFT that the policy's will be compared with."""
+    found = collected(respond(models.start, models.tokenizer, own_share(rows), [0], EVALUATION, args))
+    for row, responses in zip(rows, found):
+        row.start = responses[0]
+
+
+def evaluate(models, rows, gold, args):
+    """The policy against pi_SFT, one response to each row; the README says what the figures are."""
+    own, golds = own_share(rows), []
+    after = [found[0] for found in respond(models.policy, models.tokenizer, own, [1], EVALUATION, args)]
+    ids = [row.ids for row in own], [response.ids for response in after]
+    kl = frozen_logps(models.policy, *ids, args) - frozen_logps(models.start, *ids, args)
+    texts = [(row.prompt, response.text, row.start.text) for row, response in zip(own, after)]
+    if gold:
+        golds = [gold(prompt, ours) for prompt, ours, _ in texts]
+        wins = [(1 + np.sign(ours - gold(prompt, old))) / 2 for ours, (prompt, _, old) in zip(golds, texts)]
     else:
-        wins = preference_strength(*judge, prompts, texts_after, texts_before, None, size)
-        figures = {"self_judged": args.eval_judge_name_or_path is None}
-    figures |= {"win_rate_vs_sft": wins.mean().item(), "kl": kl.mean().item(),
-                "win_rate_vs_sft_se": wins.std(correction=0).item() / len(wins) ** 0.5}
-    for suffix, responses in (("", after), ("_sft", before)):
-        figures["distinct_fraction" + suffix] = len(set(map(tuple, responses))) / len(responses)
-        figures["response_tokens" + suffix] = sum(map(len, responses)) / len(responses)
-    return figures, list(zip(prompts, texts_before, texts_after))
+        wins = averaged_strength(*ask_judge(*models.eval_judge, texts, args)).tolist()
+    after, kl, wins, golds = map(collected, (after, kl.tolist(), wins, golds))
+    figures = means(win_rate_vs_sft=wins, kl=kl, gold_reward=golds) | described(models, after)
+    return figures | {"win_rate_vs_sft_se": np.std(wins) / math.sqrt(len(wins))}
 
 
-def judged_pairs(judge, tokenizer, prompts, ones: list[str], twos: list[str], gold,
-                 args: Arguments) -> dict[str, torch.Tensor]:
-    """P pairs of texts as columns (P,): p_12, p_21, strength, length_difference in tokens, and with gold the truth."""
-    p_12, p_21 = verdict_probabilities(judge, tokenizer, prompts, ones, twos, None, args.micro_batch_size)
-    tokens = [torch.tensor([len(ids) for ids in encode(tokenizer, texts)]) for texts in (ones, twos)]
-    columns = {"p_12": p_12, "p_21": p_21, "strength": both_orders(p_12, p_21), "length_difference": tokens[0] - tokens[1]}
-    return columns | ({"truth": torch.tensor(list(map(true_strength, prompts, ones, twos)))} if gold else {})
+def judge_figures(models, texts, gold, args):
+    """The judge on (prompt, chosen, rejected)s: against the truth if it is known, else against the labels."""
+    verdicts = ask_judge(models.judge, models.tokenizer, own_share(texts), args)
+    p_12, p_21 = torch.tensor(collected(torch.stack(verdicts, 1).tolist())).T
+    strength = averaged_strength(p_12, p_21)
+    truth = torch.tensor([true_strength(*text) if gold else 1.0 for text in texts])
+    right = same_side(strength, truth)
+    figures = means(judge_accuracy=right[truth != 0.5], order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21])
+    figures["judge_pairs"] = len(texts)
+    if gold:
+        return figures | means(judge_calibration_error=(strength - truth).abs())
+    return figures | {"judge_ece": expected_calibration_error(torch.maximum(strength, 1 - strength), right)}
 
 
-def judge_figures(columns: dict[str, torch.Tensor], labelled: bool) -> dict[str, float]:
-    """order_agreement; judge_accuracy and calibration against the truth if it is known, else, where response 1 is
-    `labelled` the chosen one, against the labels; judge_length_bias: correlation of strength with the difference in
-    length, over pairs of equal gold if it is known (left out where nothing varies)."""
-    strength, truth = columns["strength"], columns.get("truth", torch.ones(len(columns["strength"])))
-    right = ((strength > 0.5) == (truth > 0.5)).float().where(strength != 0.5, 0.5)
-    figures = {"order_agreement": order_agreement(columns["p_12"], columns["p_21"])}
-    if "truth" in columns or labelled:
-        figures["judge_accuracy"] = right[truth != 0.5].mean().item() if (truth != 0.5).any() else 0.5
-    if "truth" in columns:
-        figures["judge_calibration_error"] = (strength - truth).abs().mean().item()
-    elif labelled:
-        figures["judge_ece"] = expected_calibration_error(torch.maximum(strength, 1 - strength), right)
-    equal = truth == 0.5 if "truth" in columns else truth == truth
-    if equal.sum() > 1:
-        bias = torch.corrcoef(torch.stack([strength, columns["length_difference"]])[:, equal].double())[0, 1].item()
-        figures |= {"judge_length_bias": bias} if math.isfinite(bias) else {}
+def same_side(one: Tensor, two: Tensor) -> Tensor:
+    """(P,), (P,) -> (P,): 1 where both are on one side of 1/2, 0 where not, 1/2 where one is a tie."""
+    return (1 + (one - 0.5).sign() * (two - 0.5).sign()) / 2
+
+
+def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
+    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap over bins, by their size."""
+    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins).index_add(0, which, confidence - right)
+    return gaps.abs().sum().item() / len(confidence)
+
+
+def step_figures(models, candidates, pairs, method, args):
+    """What a step sampled, paired, and saw before its update."""
+    kept = [pair for pair in pairs if pair.strength is not None]
+    identical = sum(pair.better.ids == pair.worse.ids for pair in pairs)
+    p_12, p_21 = torch.tensor([pair.verdicts for pair in pairs if pair.verdicts]).reshape(-1, 2).T
+    figures = means(order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21]) | described(models, sum(candidates, []))
+    figures |= {"pairs": len(kept), "dropped_identical_pairs": identical,
+                "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
+    if kept:
+        losses, reward_1, reward_2 = torch.tensor([pair.seen for pair in kept]).T
+        strength, margin = torch.tensor([pair.strength for pair in kept]), reward_1 - reward_2
+        agree = same_side(torch.sigmoid(margin), strength)
+        figures |= means(loss=losses, strength_mean=strength, margin=margin, margin_accuracy=agree,
+                         kl=(reward_1 + reward_2) / 2 / args.beta)
+        figures |= {"strength_std": strength.std(correction=0).item()} | method.figures(kept, reward_1, reward_2)
     return figures
 
 
-def judge_report(policy, sft, tokenizer, data: Data, samples: list[tuple], args: Arguments) -> tuple[dict, list[dict]]:
-    """The judge on the data's held-out and out-of-domain pairs (suffix _on_ood), and on two responses of pi_SFT and two of
-    the policy (_on_sft, _on_policy) to each held-out prompt, for it is frozen while the policy moves. Figures, and a row
-    for each pair."""
-    prompts, before, after = map(list, zip(*samples))
-    again = lambda model, k: decode(tokenizer, held_out_responses(model, tokenizer, prompts, k, args))
-    sources = {"sft": (prompts, before, again(sft, 2)), "policy": (prompts, after, again(policy, 3))}
-    for source, dataset in (("data", data.held_out), ("ood", data.ood)):
-        if dataset and "chosen" in dataset.column_names:
-            pairs = dataset[: args.num_eval_pairs]
-            sources[source] = pairs["prompt"], pairs["chosen"], pairs["rejected"]
-    figures, rows = {}, []
-    for source, columns in sources.items():
-        judged = judged_pairs(sft, tokenizer, *columns, data.gold, args)
-        suffix = "" if source == "data" else f"_on_{source}"
-        figures |= {key + suffix: value for key, value in judge_figures(judged, source in ("data", "ood")).items()}
-        columns = [column.tolist() for column in judged.values()]
-        rows += [{"on": source} | dict(zip(judged, values)) for values in zip(*columns)]
-    return figures, rows
-
-
-def order_agreement(p_12: torch.Tensor, p_21: torch.Tensor) -> float:
-    """Share of pairs of which both orders name the same winner; equal texts, which are one and the same question, left out."""
-    p_12, p_21 = p_12[p_12 != p_21], p_21[p_12 != p_21]
-    return ((p_12 > 0.5) == (p_21 < 0.5)).float().mean().item() if len(p_12) else 1.0
-
-
-def expected_calibration_error(confidence: torch.Tensor, right: torch.Tensor, bins: int = 10) -> float:
-    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap of the two over bins, by their size."""
-    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = [(confidence[which == b] - right[which == b]).sum().abs() for b in which.unique()]
-    return (sum(gaps) / len(confidence)).item()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 11. Save and resume
-# ----------------------------------------------------------------------------------------------------------------------
 @contextmanager
-def written_whole(path: Path, owner: str = "") -> Iterator[Path]:
-    """Yields a scratch path to fill, file or folder, which then appears as `path` in one move: a crash leaves no half.
-
-    The scratch is named after its `owner`, whose next start removes what a kill left. Raises Stop on a full disk."""
-    if RANK > 0:  # process 0 alone writes
-        with tempfile.TemporaryDirectory() as elsewhere:
-            yield Path(elsewhere) / path.name
-        return
-    scratch, old = (path.with_name(f".{path.name}{owner}.{end}") for end in ("partial", "old.partial"))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        if path.is_dir():  # a folder cannot be moved onto another one
-            os.replace(path, old)
-        os.replace(scratch, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors raise kinds of their own
-        raise cannot_write(path, error) from error
-    finally:
-        for rest in (scratch, old):
-            remove(rest)
-
-
-def cannot_write(path: Path, error: Exception) -> Stop:
-    """The sentence for a full disk, and its like."""
-    free = shutil.disk_usage(next(folder for folder in path.absolute().parents if folder.exists())).free / 2**20
-    return Stop(f"Cannot write {str(path)!r}, {free:.1f} MiB being free there ({first_line(error)}): make room, then go "
-                "on with --resume_from_checkpoint latest.", code=1)
-
-
-def remove(path: Path) -> None:
-    """Removes a file or a folder, if there is one; a folder in one move, so that no half passes for a whole one."""
-    if RANK > 0:
-        return
-    if path.is_dir():
-        path = path.rename(path.with_name(f".{path.name.lstrip('.').removesuffix('.partial')}.partial"))
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def write_json(path: Path, value: dict) -> None:
-    """One JSON object."""
-    with written_whole(path) as scratch:
-        scratch.write_text(json.dumps(value, indent=2, allow_nan=False) + "\n")
-
-
-def save_model(model, tokenizer, folder: Path) -> None:
-    """What plain `from_pretrained` loads: config, generation_config, safetensors, tokenizer and chat template."""
-    once: dict = {}  # tied weights stay one tensor
-    weights = {k: once.setdefault(id(v), whole(v.detach())) for k, v in model.state_dict(keep_vars=True).items()}
-    if RANK == 0:
-        model.save_pretrained(folder, state_dict=weights)
-        tokenizer.save_pretrained(folder)
-
-
-def save_final(model, tokenizer, output: Path) -> None:
-    """The final model, in the run's folder beside its other files; summary.json, written last, says that it is whole."""
-    with written_whole(output / "final") as scratch:
-        save_model(model, tokenizer, scratch)
-        for path in list(scratch.glob("*")):
-            with written_whole(output / path.name) as place:
-                os.replace(path, place)
-    if RANK == 0:
-        (output / "final").rmdir()  # what is left of it
-
-
-def load_weights(folder: Path, model):
-    """A model like `model`, in fp32, on the CPU, with the weights that `save_model` wrote."""
-    return type(model).from_pretrained(folder, config=model.config, dtype=torch.float32, use_safetensors=True)
-
-
-def fingerprint(model, tokenizer, train: datasets.Dataset, args: Arguments) -> str:
-    """A hash of everything that makes the SFT model: start weights and configuration, tokenizer, rows, arguments."""
-    names = ("sft", "sft_learning_rate", "sft_batch_size", "sft_max_steps", "lr_scheduler_type", "warmup_steps",
-             "max_grad_norm", "max_new_tokens", "micro_batch_size", "gradient_checkpointing", "bf16", "seed")
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    words = backend.to_str() if backend else tokenizer.get_vocab()
-    used = [{name: getattr(args, name) for name in names}, words, tokenizer.chat_template, tokenizer.special_tokens_map,
-            model.config.to_json_string(), model.generation_config.to_json_string()]
-    sha = hashlib.sha256(json.dumps(used, sort_keys=True).encode())
-    for name, tensor in model.state_dict().items():
-        sha.update(name.encode() + tensor.cpu().reshape(-1).contiguous().view(torch.uint8).numpy().tobytes())
-    for rows in train.iter(10_000):
-        sha.update(json.dumps(rows).encode())
-    return sha.hexdigest()[:20]
-
-
-def cached_sft(model, tokenizer, train: datasets.Dataset, inputs: str, signals: list, args: Arguments):
-    """The SFT model, and whether it was found in the cache; it is made and put there if not. The key is the fingerprint
-    `inputs`, the text of this file, and the libraries' versions."""
-    code = Path(__file__).read_bytes() + f"{inputs} {torch.__version__} {transformers.__version__}".encode()
-    folder = Path(args.sft_cache_dir) / hashlib.sha256(code).hexdigest()[:20]
-    if cached := all(collected([is_whole(folder)])):  # a damaged one is made anew
-        model = load_weights(folder, model).to(model.device)
-    else:
-        supervised_finetune(shard(model, args), tokenizer, train, inputs, signals, args)
-        with written_whole(folder, cache_owner(args)) as scratch:
-            save_model(model, tokenizer, scratch)
-            write_manifest(scratch, inputs)
-        collected([])  # waits for the file
-        model = load_weights(folder, model) if WORLD > 1 else model  # the sharded one, whole again
-    for checkpoint in checkpoints(Path(args.output_dir), "sft-checkpoint"):
-        remove(checkpoint)
-    return model, cached
-
-
-def cache_owner(args: Arguments) -> str:
-    """What a run calls its scratch in the cache, where others may write the same model at the same time."""
-    return "." + hashlib.sha256(os.path.abspath(args.output_dir).encode()).hexdigest()[:10]
-
-
-class Loop(NamedTuple):
-    """A loop that can be stopped and gone on with: SFT or OSP."""
-
-    name: str  # of its checkpoints: sft-checkpoint or checkpoint
-    steps: int
-    model: torch.nn.Module
-    tokenizer: transformers.PreTrainedTokenizerBase
-    optimizer: torch.optim.Optimizer
-    scheduler: torch.optim.lr_scheduler.LRScheduler
-    inputs: str  # the fingerprint of what it started from
-    signals: list  # those that came, see signals_noticed
-    args: Arguments
-
-
-@contextmanager
-def signals_noticed(noticed: list) -> Iterator[None]:
-    """Within it a first Ctrl-C or SIGTERM only enters the list, for `end_of_step` to see; a second quits at once."""
-
-    def notice(number, _):
-        if noticed:
-            raise KeyboardInterrupt
-        noticed.append(number)
-        os.write(2, b"\nosp: saving a checkpoint after this step; once more quits at once\n")  # print must not nest
-
-    before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def end_of_step(loop: Loop, step: int) -> None:
-    """Saves a checkpoint where one is due or a signal has come to any process, which then ends the run."""
-    interrupted = any(collected([bool(loop.signals)]))
-    if interrupted or step % loop.args.save_steps == 0 and step < loop.steps:
-        save_checkpoint(loop, step)
-    if interrupted:
-        raise Stop(f"interrupted; {loop.name}-{step} is saved: the same command with --resume_from_checkpoint latest "
-                   "goes on from there.", code=130)
-
-
-def save_checkpoint(loop: Loop, step: int) -> None:
-    """<name>-<step>, with all that an exact resume needs; sampling and data order are functions of (seed, step). The
-    oldest ones beyond --save_total_limit go; of SFT's, which go in the end, no more than two are kept."""
-    output = Path(loop.args.output_dir)
-    with written_whole(output / f"{loop.name}-{step}") as scratch:
-        save_model(loop.model, loop.tokenizer, scratch)
-        state = {"step": step, "optimizer": whole(loop.optimizer.state_dict()), "scheduler": loop.scheduler.state_dict(),
-                 "rng": torch.get_rng_state()}
-        if RANK == 0:
-            torch.save(state, scratch / "training_state.pt")
-        write_json(scratch / "arguments.json", vars(loop.args))
-        write_manifest(scratch, loop.inputs)
-    limit = loop.args.save_total_limit or sys.maxsize
-    for old in checkpoints(output, loop.name)[: -min(limit, 2 if loop.name == "sft-checkpoint" else limit)]:
-        remove(old)
-
-
-def load_checkpoint(folder: Path, loop: Loop) -> int:
-    """Weights, optimiser, schedule and random state as they were; returns the steps done."""
-    weights, own = load_weights(folder, loop.model).state_dict(), loop.model.state_dict()
-    loop.model.load_state_dict({name: sharded_like(own[name], weights[name]) for name in own})
-    state = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    parameters = list(loop.model.parameters())
-    for i, moments in state["optimizer"]["state"].items():
-        moments |= {name: sharded_like(parameters[i], value) for name, value in moments.items()}
-    loop.optimizer.load_state_dict(state["optimizer"])
-    loop.scheduler.load_state_dict(state["scheduler"])
-    torch.set_rng_state(state["rng"])
-    return state["step"]
-
-
-def write_manifest(folder: Path, inputs: str) -> None:
-    """Notes what a folder started from and every file's hash: neither torch nor safetensors notices a flipped bit."""
-    files = {str(path.relative_to(folder)): digest(path) for path in folder.rglob("*") if path.is_file()}
-    write_json(folder / "manifest.json", {"inputs": inputs, "sha256": files})
-
-
-def digest(path: Path) -> str:
-    """The SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether every file of a folder is as `write_manifest` saw it."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        files = json.loads((folder / "manifest.json").read_text())["sha256"]
-        return all(digest(folder / name) == written for name, written in files.items())
-    return False
-
-
-def newest_whole(found: list[Path]) -> Path | None:
-    """The last of these checkpoints that is not damaged."""
-    return next(filter(is_whole, reversed(found)), None)
-
-
-def checkpoints(folder: Path, *names: str) -> list[Path]:
-    """The checkpoints that this program wrote into a folder, oldest first, those of SFT before those of OSP."""
-    names, found = names or ("sft-checkpoint", "checkpoint"), []
-    for path in folder.glob("*checkpoint-*/training_state.pt"):
-        name, _, step = path.parent.name.rpartition("-")
-        found += [(names.index(name), int(step), path.parent)] if name in names and step.isdigit() else []
-    return [path for _, _, path in sorted(found)]
-
-
-def find_checkpoint(args: Arguments) -> Path | None:
-    """The folder that --resume_from_checkpoint means, whole and of the same arguments; None to start fresh."""
-    if args.resume_from_checkpoint is None:
-        return None
-    found, latest = checkpoints(Path(args.output_dir)), args.resume_from_checkpoint == "latest"
-    if latest and not found:
-        print(f"No checkpoint in {args.output_dir}: starting fresh.")
-        return None
-    asked = found[-1] if latest else Path(args.resume_from_checkpoint)
-    places = [path.resolve() for path in found]
-    if asked.resolve() not in places:
-        raise Stop(f"{str(asked)!r} is not a checkpoint of --output_dir {args.output_dir!r}, which has "
-                   f"{', '.join(path.name for path in found) or 'none'}: give the path of one of these, or latest.")
-    folder = newest_whole(found[: places.index(asked.resolve()) + 1])
-    if folder is None:
-        raise Stop(f"The checkpoint {str(asked)!r} is damaged, and no older one is whole: delete it to start anew.")
-    if folder.resolve() != asked.resolve():
-        if not latest:
-            raise Stop(f"The checkpoint {str(asked)!r} is damaged: give {str(folder)!r}, the newest whole one before it.")
-        print(f"The checkpoint {str(asked)!r} is damaged: going on from {str(folder)!r}.")
-    free = ("output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit",
-            "sft_cache_dir")
-    then = json.loads((folder / "arguments.json").read_text())
-    changed = [f"{k} was {then.get(k)!r}, is {v!r}" for k, v in vars(args).items() if k not in free and then.get(k) != v]
-    if changed:
-        raise Stop(f"{str(folder)!r} was written with other arguments ({'; '.join(changed)}): give the same, or another "
-                   "--output_dir.")
-    return folder
-
-
-def check_output(args: Arguments, checkpoint: Path | None) -> Path:
-    """The run's folder, made if need be. Raises Stop where it would overwrite a run unasked, or cannot be written."""
-    output = Path(args.output_dir)
-    held = output.is_dir() and any(output.iterdir())
-    try:
-        for folder in (output, Path(args.sft_cache_dir)):
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=folder):
-                pass
-    except OSError as error:
-        raise Stop(f"Cannot write into {str(folder)!r} ({error.strerror}): give another folder.") from error
-    resumes = checkpoint or args.resume_from_checkpoint and not (output / "summary.json").exists()
-    if held and not (args.overwrite_output_dir or resumes):
-        raise Stop(f"{args.output_dir!r} already holds a run: give another --output_dir, --overwrite_output_dir to replace "
-                   "it, or --resume_from_checkpoint latest to go on with one that was interrupted.")
-    return output
-
-
-def clear_output(output: Path, checkpoint: Path | None, inputs: str, args: Arguments) -> None:
-    """Removes what the run does again: all that came after the checkpoint, or without one the older run; and what
-    killed runs had half written. Nothing goes that this program did not write. Raises Stop for another run's checkpoint."""
-    if checkpoint and json.loads((checkpoint / "manifest.json").read_text())["inputs"] != inputs:
-        raise Stop(f"{str(checkpoint)!r} was written with other data or another start model: start a new --output_dir.")
-    found = checkpoints(output)
-    kept = [path.resolve() for path in found].index(checkpoint.resolve()) + 1 if checkpoint else 0
-    unfinished = [*output.glob(".*.partial"), *Path(args.sft_cache_dir).glob(f".*{cache_owner(args)}.*partial")]
-    again = ["summary.json", "judge.jsonl", "curves.png", *([] if checkpoint else ["metrics.jsonl", "samples.md"])]
-    for path in [*(output / name for name in again), *unfinished, *found[kept:]]:
-        remove(path)
-
-
-def keep_metrics(path: Path, steps: int) -> None:
-    """Keeps the lines of the first `steps` steps: a resumed run does the others again, the last may be half a line."""
-    lines = path.read_text().splitlines(keepends=True)[:steps] if path.exists() else []
-    with written_whole(path) as scratch:
-        scratch.write_text("".join(lines))
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 12. The algorithm
-# ----------------------------------------------------------------------------------------------------------------------
-@contextmanager
-def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
+def timed(seconds, stage):
     """Adds the wall time of a block to seconds["seconds_" + stage]."""
     start = time.perf_counter()
     yield
@@ -1299,218 +867,661 @@ def timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     seconds["seconds_" + stage] = seconds.get("seconds_" + stage, 0.0) + time.perf_counter() - start
 
 
-def precision(model, args: Arguments):
-    """Weights stay fp32, whose small updates bf16 would round away; with --bf16 the passes through them are in bf16."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
-
-
-Judged = collections.namedtuple("Judged", "prompts texts scores triples strength")  # of one step, for people to read
-
-
-def train_step(policy, sft, tokenizer, optimizer, scheduler, data: Data, step: int,
-               args: Arguments) -> tuple[dict, Judged]:
-    """One step of the paper's Figure 2. Returns its line of metrics.jsonl, and what samples.md shows."""
-    seconds: dict[str, float] = {}
-    rows = step_indices(len(data.prompts), args.per_device_train_batch_size, step, args.seed)
-    prompts, pad, size = [data.prompts[i] for i in rows], pad_token_id(tokenizer), args.micro_batch_size
-    prompt_ids, both = encode_prompts(tokenizer, prompts), args.judge_both_orders
-    with timed(seconds, "sample"):
-        T, when = args.max_new_tokens, step if args.response_source == "policy" else 0
-        noise = sampling_noise(args.seed, when, rows, range(args.num_generations), T + 2)  # two more: see their use
-        responses = candidates(policy, sft, tokenizer, prompts, prompt_ids, noise[..., :T], data, args)
-        texts = [decode(tokenizer, row) for row in responses]
-    with timed(seconds, "rank"):
-        asked: dict[tuple, float] = {}  # this step's questions and their answers: none is asked twice
-        scores, construction = candidate_scores(sft, tokenizer, prompts, texts, noise[..., T], asked, args)
-        triples, identical = pair_responses(scores, responses, construction)
-    flat, stops = [ids for row in responses for ids in row], stop_token_ids(policy, tokenizer)
-    metrics = {"step": step + 1, "pairs": len(triples), "dropped_identical_pairs": identical,
-               "response_tokens": sum(map(len, flat)) / len(flat),
-               "eos_rate": sum(ids[-1] in stops for ids in flat) / len(flat)}
-    strength = torch.empty(0)
-    if triples:
-        chosen, rejected = [texts[i][j] for i, j, _ in triples], [texts[i][k] for i, _, k in triples]
-        chosen_ids, rejected_ids = [responses[i][j] for i, j, _ in triples], [responses[i][k] for i, _, k in triples]
-        prompt_rows = [prompt_ids[i] for i, _, _ in triples]
-        with timed(seconds, "judge"):
-            paired = [prompts[i] for i, _, _ in triples]
-            p_12, p_21 = verdict_probabilities(sft, tokenizer, paired, chosen, rejected, asked, size, both)
-            draws = torch.stack([noise[i, j, T + 1] for i, j, _ in triples])
-            strength = training_labels(both_orders(p_12, p_21), draws, args).to(policy.device)
-        with timed(seconds, "reference"), torch.no_grad():
-            refs = response_logps(sft, prompt_rows * 2, chosen_ids + rejected_ids, pad, size).chunk(2)
-        with timed(seconds, "update"):
-            metrics |= {"learning_rate": scheduler.get_last_lr()[0]}
-            metrics |= {"order_agreement": order_agreement(p_12, p_21)} if both else {}
-            pairs = Pairs(prompt_rows, chosen_ids, rejected_ids, strength, *refs)
-            metrics |= update(policy, optimizer, scheduler, pairs, args, pad, step)
-    metrics |= seconds | {"tokens_per_second": sum(map(len, flat)) / sum(seconds.values())}
-    return metrics, Judged(prompts, texts, scores, triples, strength.tolist())
-
-
-def main(argv: list[str] | None = None) -> dict:
-    """Runs OSP with the command line's arguments; returns the figures of summary.json."""
-    started = time.perf_counter()
-    transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
-    device = start_process()
-    args = parse_arguments(argv)
-    checkpoint = find_checkpoint(args)
-    output = check_output(args, checkpoint)
-
-    sft, tokenizer = load_model(args.model_name_or_path, args)
-    other_judge = load_model(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
-    verdict_format(tokenizer)  # raises Stop for a tokenizer that has no verdicts
-    sft.to("cpu" if WORLD > 1 else device)  # one that will be sharded may not fit a device whole
-    if other_judge:
-        verdict_format(other_judge[1])
-        other_judge[0].to(device)
-    data = load_data(tokenizer, sft, other_judge, args)
-    seconds, cached, inputs = {}, False, fingerprint(sft, tokenizer, data.train, args)
-    collected([])  # waits: none may write before the others have looked at what is there, nor look before that is done
-    clear_output(output, checkpoint, inputs, args)
-    collected([])
-    write_json(output / "arguments.json", vars(args))
-
-    if args.gradient_checkpointing:
-        sft.activation_checkpointing_enable()
-    signals: list = []
-    with signals_noticed(signals), timed(seconds, "sft"):
-        if args.sft and "chosen" in data.train.column_names:
-            sft, cached = cached_sft(sft, tokenizer, data.train, inputs, signals, args)
-    policy = copy.deepcopy(sft)  # pi_theta starts as pi_SFT
-    sft = bf16_copy(sft) if args.bf16 else sft.requires_grad_(False)  # pi_SFT: judge and reference in one
-    policy, sft = shard(policy, args), shard(sft, args)  # alone: nothing
-    if args.gradient_checkpointing:
-        policy.activation_checkpointing_enable()
-    steps = args.num_train_epochs * math.ceil(len(data.prompts) / args.per_device_train_batch_size)
-    steps = steps if args.max_steps < 0 else min(steps, args.max_steps)
-    optimizer, scheduler = optimizer_and_schedule(policy, args.learning_rate, steps, args)
-    loop = Loop("checkpoint", steps, policy, tokenizer, optimizer, scheduler, inputs, signals, args)
-    done = load_checkpoint(checkpoint, loop) if checkpoint and checkpoint.name.startswith(loop.name) else 0
-    keep_metrics(output / "metrics.jsonl", done)
-    judge, shown_steps = other_judge or (sft, tokenizer), {0, steps // 2, steps - 1}
-    known: dict[int, list[Ids]] = {}
-    measure = lambda rows: evaluate(policy, sft, tokenizer, data, rows, known, judge, args)
-
-    with signals_noticed(signals), timed(seconds, "osp"):
-        for step in (bar := tqdm(range(done, steps), initial=done, total=steps, desc="OSP", disable=RANK > 0)):
-            metrics, judged = train_step(policy, sft, tokenizer, optimizer, scheduler, data, step, args)
-            if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-                with timed(metrics, "evaluate"):
-                    summary, samples = measure(data.held_out)
-                metrics |= {f"eval_{key}": value for key, value in summary.items()}
-            if step in shown_steps:
-                write_samples(output / "samples.md", step + 1, judged)
-            log_step(output / "metrics.jsonl", metrics, bar)
-            end_of_step(loop, step + 1)
-    save_final(policy, tokenizer, output)
-
-    if done == steps:  # nothing was left to do
-        summary, samples = measure(data.held_out)
-    if data.ood:
-        summary |= {f"ood_{k}": v for k, v in measure(data.ood)[0].items()}
-    figures, judged_rows = judge_report(policy, sft, tokenizer, data, samples, args)
-    summary |= figures | run_figures(output, judged_rows)
-    summary |= {"prompts": len(data.prompts), "seed": args.seed, "sft_cached": cached, **seconds,
-                "seconds_total": time.perf_counter() - started}
-    write_json(output / "summary.json", summary)
-    print_report(summary, samples, output)
-    return summary
-
-
-def run_figures(output: Path, judged: list[dict]) -> dict:
-    """Writes judge.jsonl and draws curves.png; returns what the lines of metrics.jsonl add to the summary."""
-    with written_whole(output / "judge.jsonl") as scratch:
-        scratch.write_text("".join(json.dumps(row) + "\n" for row in judged))
-    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    draw_curves(lines, output / "curves.png")
-    updates = [line for line in lines if line["pairs"]]
-    return {k: updates[-1][k] for k in ("margin", "margin_accuracy") if updates} | {
-        "steps": len(updates), "tokens_per_second": sum(line["tokens_per_second"] for line in lines) / max(1, len(lines))}
-
-
-def log_step(path: Path, metrics: dict, bar: tqdm) -> None:
+def log_step(metrics, show, args):
     """One line of metrics.jsonl, and the figures that matter on the progress bar."""
-    if RANK > 0:
-        return
-    try:
-        with path.open("a") as file:
+    if RANK == 0:
+        with (args.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    if metrics["pairs"] == 0:
-        bar.write(f"step {metrics['step']}: the two responses of every pair were identical, so there was no update")
-    else:
-        figures = "loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}"
-        bar.set_postfix_str(figures.format(**metrics))
+    text = "loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}"
+    show(text.format(**metrics) if metrics["pairs"] else "no pair was left, so no update was made")
 
 
-def write_samples(path: Path, step: int, judged: Judged) -> None:
-    """Adds a step's first three prompts to samples.md: the K responses by rank, the pairs, the strengths. Sections of this
-    and later steps, from before a resume, go."""
+def write_samples(step, rows, candidates, pairs, args):
+    """Adds a step's first three prompts to samples.md; sections of later steps, from before a resume, go."""
+    path = args.output_dir / "samples.md"
     title, *sections = (path.read_text("utf-8") if path.exists() else "# Samples\n").split("\n## Step ")
     sections = [section for section in sections if int(section.split()[0]) < step] + [f"{step}\n"]
-    for i, prompt in enumerate(judged.prompts[:3]):
-        scores, of = judged.scores[i], [(j, k, p) for (b, j, k), p in zip(judged.triples, judged.strength) if b == i]
-        sections[-1] += f"\n{quoted(transcript(prompt))}\n\n| rank | score | response |\n|---|---|---|\n"
-        order = sorted(range(len(scores)), key=lambda k: -scores[k])
-        cell = lambda text: " ".join(text.replace("|", "\\|").split())
-        sections[-1] += "".join(f"| {r} | {scores[k]:.3f} | {cell(judged.texts[i][k])} |\n" for r, k in enumerate(order, 1))
-        sections[-1] += "\nPairs, by rank, and p as the loss has it: " + "; ".join(
-            f"{order.index(j) + 1} over {order.index(k) + 1}, {p:.3f}" for j, k, p in of) + "\n"
-    with written_whole(path) as scratch:
-        scratch.write_text("\n## Step ".join([title, *sections]), "utf-8")
+    for row, found in list(zip(rows, candidates))[:3]:
+        sections[-1] += f"\n{quoted(transcript(row.prompt))}\n\n"
+        for one in sorted(found, key=lambda one: -one.score):
+            sections[-1] += f"* score {one.score:.3f}: {' '.join(one.text.split())}\n"
+        strengths = [str(pair.strength)[:5] for pair in pairs if pair.row.index == row.index]
+        sections[-1] += f"\nStrengths, from best over worst inwards: {', '.join(strengths)}\n"
+    write_text(path, "\n## Step ".join([title, *sections]))
 
 
-def draw_curves(lines: list[dict], path: Path) -> None:
-    """The lines of metrics.jsonl -> curves.png: win rate, KL, strength and margin, length, over steps."""
-    import matplotlib.figure  # here, since it takes a second to load
+def draw_curves(lines, path):
+    """The lines of metrics.jsonl -> curves.png."""
+    from matplotlib.figure import Figure  # here, since it takes a second to load
 
-    judged = "self-judged " if any(line.get("eval_self_judged") for line in lines) else ""
-    start = {"eval_win_rate_vs_sft": 0.5, "eval_kl": 0.0}  # of pi_SFT itself
-    panels = [(judged + "win rate against SFT", {"eval_win_rate_vs_sft": "held-out"}),
-              ("KL from SFT, nats", {"kl": "paired responses", "eval_kl": "held-out"}),
-              ("strength and margin", {"strength_mean": "strength p", "margin": "margin h"}),
-              ("response length, tokens", {"response_tokens": "sampled", "eval_response_tokens": "held-out"})]
-    figure = matplotlib.figure.Figure(figsize=(9, 6), layout="constrained")
-    for axes, (title, keys) in zip(figure.subplots(2, 2).flat, panels):
-        for key, label in keys.items():
-            points = [(0, start[key])] if key in start else []
-            points += [(line["step"], line[key]) for line in lines if key in line]
-            marker = "o" if key.startswith("eval_") else None
-            axes.plot([x for x, _ in points], [y for _, y in points], label=label, marker=marker, markersize=4)
-        axes.set(title=title, xlabel="step")
-        axes.legend(frameon=False)
-        axes.grid(alpha=0.3)
+    names = ["eval_win_rate_vs_sft", "eval_gold_reward", "eval_kl", "strength_mean", "margin", "response_tokens"]
+    figure = Figure(figsize=(11, 6), layout="constrained")
+    for axes, name in zip(figure.subplots(2, 3).flat, names):
+        points = [(line["step"], line[name], line.get(name + "_se", 0.0)) for line in lines if name in line]
+        axes.errorbar(*columns(points), marker=".")
+        axes.set(title=name.removeprefix("eval_").replace("_", " "), xlabel="step")
+        if "rate" in name or "strength" in name:
+            axes.set(ylim=(0, 1))
     with written_whole(path) as scratch:
         figure.savefig(scratch, format="png", dpi=110)
 
 
-REPORT = [  # name, of SFT, of OSP: a key of the summary, a number, or nothing
-    ("gold reward", "gold_reward_sft", "gold_reward"), ("win rate against SFT", 0.5, "win_rate_vs_sft"),
-    ("  its standard error", None, "win_rate_vs_sft_se"), ("  out of domain", 0.5, "ood_win_rate_vs_sft"),
-    ("KL from SFT, nats", 0.0, "kl"), ("response length, tokens", "response_tokens_sft", "response_tokens"),
-    ("distinct responses", "distinct_fraction_sft", "distinct_fraction"), ("judge accuracy", "judge_accuracy", None),
-    ("judge calibration error", "judge_calibration_error", None), ("judge calibration error (ECE)", "judge_ece", None)]
+def report(summary, models, data, args):
+    """Measures what is measured once; writes curves.png, summary.json and a model card; prints a table."""
+    for name, value in described(models, [row.start for row in data.held_out]).items():
+        summary[name + "_sft"] = value
+    if data.held_out_pairs:
+        summary |= judge_figures(models, data.held_out_pairs, data.gold, args)
+    if data.gold:
+        summary["gold_reward_sft"] = np.mean([data.gold(row.prompt, row.start.text) for row in data.held_out])
+        ood = evaluate(models, data.ood, data.gold, args) | judge_figures(models, data.ood_pairs, data.gold, args)
+        summary |= {"ood_" + name: value for name, value in ood.items()}
+    lines = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text().splitlines()]
+    for line in lines:
+        summary |= {name: line[name] for name in ("margin", "margin_accuracy") if name in line}
+    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
+                "seed": args.seed, "self_judged": not (data.gold or args.eval_judge_name_or_path)}
+    table, method = report_table(summary, args.method.upper()), args.method.upper()
+    print("\n" + table)
+    shown = respond(models.policy, models.tokenizer, data.held_out[:3], [1], EVALUATION, args)
+    for row, [response] in zip(data.held_out, shown):
+        print(f"{transcript(row.prompt)}\n  SFT: {row.start.text}\n  {method}: {response.text}\n")
+    print("{seconds_sft:.0f} s SFT, {seconds_train:.0f} s training. The model, metrics.jsonl, summary.json, "
+          "curves.png and samples.md are in {output}".format(**summary, output=args.output_dir))
+    if RANK == 0:
+        draw_curves(lines, args.output_dir / "curves.png")
+    write_text(args.output_dir / "README.md", f"# {args.output_dir.name}\n\n{args.model_name_or_path or 'A random model'} "
+               f"after {method} of osp.py with {args.dataset_name or 'the built-in task'}, seed {args.seed}.\n\n"
+               f"```\n{table}```\n")
+    write_text(args.output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+    return summary
 
 
-def print_report(summary: dict, samples: list[tuple], output: Path) -> None:
-    """SFT against OSP in a table, and three held-out prompts with a response before and after."""
-    print(f"\n{'':42}{'SFT':>9}{'OSP':>9}" + ("    (win rates are self-judged)" if summary.get("self_judged") else ""))
-    for name, *keys in REPORT:
-        if all(key in summary for key in keys if isinstance(key, str)):
-            values = [summary[key] if isinstance(key, str) else key for key in keys]
-            print(f"{name:42}" + "".join(f"{'' if value is None else format(value, '.3f'):>9}" for value in values))
-    for prompt, before, after in samples[:3]:
-        print(f"\n{transcript(prompt)}\n  SFT: {before}\n  OSP: {after}")
-    sft = f"{summary['seconds_sft']:.0f} s SFT" + " (cached)" * summary["sft_cached"]
-    print(f"\n{sft}, {summary['seconds_osp']:.0f} s OSP, {summary['seconds_total']:.0f} s in all. The model, metrics.jsonl, "
-          f"summary.json, curves.png and samples.md are in {output}")
+def report_table(summary, method):
+    """SFT against the policy, and warnings where the figures may mean nothing."""
+    table = f"{'':32}{'SFT':>9} {method:>8}\n"
+    for name in REPORT:
+        if name in summary:
+            of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
+            table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
+    table += "{held_out_prompts} held-out prompts; win rate self-judged: {self_judged}\n".format(**summary)
+    chance = 0.5 + 1 / math.sqrt(summary.get("judge_pairs", 1))  # two standard errors above 1/2
+    if summary.get("judge_accuracy", 1.0) < chance:
+        table += "Warning: the judge is no better than chance. Train SFT longer, on more pairs, or change the model.\n"
+    if summary.get("order_agreement", 1.0) < 2 / 3:
+        table += "Warning: the judge's two orders disagree, so it looks at the position. Take a better judge.\n"
+    if summary["cut_fraction"] > 0.5:
+        table += "Warning: over half of the responses were cut off. Raise --max_new_tokens.\n"
+    return table
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 13. The built-in task: a miniature of HH in which the truth is known
-# ----------------------------------------------------------------------------------------------------------------------
+# 14. Save and resume ------------------------------------------------------------------------------
+FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on process 0's CPU
+RUN_FILES = ["metrics.jsonl", "samples.md", "curves.png", "summary.json", "README.md", "sft"]
+MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit"}
+SIGNALS = []  # that came
+
+
+def open_run(args):
+    """Where the start model is, and whether the run of --output_dir goes on. Raises Stop if nothing may be
+    written there; writes nothing itself."""
+    output, start, model = args.output_dir, args.model_name_or_path, Path(args.model_name_or_path or os.devnull)
+    goes_on = args.resume_from_checkpoint or args.method == "collect" and not args.overwrite_output_dir
+    is_ours, finished = (output / "arguments.json").exists(), (output / "summary.json").exists()
+    if output.resolve().is_relative_to(model.resolve()) or model.resolve().is_relative_to(output.resolve()):
+        refuse(f"--output_dir {output} and the model {start} lie in one another: give another folder")
+    if goes_on and is_ours and not finished:
+        then = json.loads((output / "arguments.json").read_text())
+        changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and then.get(name) != value]
+        if changed:
+            refuse(f"{output} holds a run with other arguments ({'; '.join(changed)}): give the same, or another "
+                   "--output_dir")
+        return str(output / "sft") if (output / "sft").exists() else start, True
+    if output.is_dir() and any(output.iterdir()) and not (is_ours and args.overwrite_output_dir):
+        refuse(f"{output} already holds a run, or other files: give another --output_dir, --overwrite_output_dir to "
+               "replace a run, or --resume_from_checkpoint latest to go on with one that was interrupted")
+    return start, False
+
+
+def begin_run(resumed, args):
+    """Removes what the run will do again: what came after the newest checkpoint, or a whole older run."""
+    collected([])  # waits: none may write before all have looked
+    old = list(args.output_dir.glob(".*.partial"))
+    if not resumed:
+        old += [args.output_dir / name for name in RUN_FILES] + checkpoints(args, "checkpoint")
+    if not resumed or (args.output_dir / "sft").exists():
+        old += checkpoints(args, "sft-checkpoint")
+    for path in old:
+        remove(path)
+    write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
+    metrics = args.output_dir / "metrics.jsonl"
+    lines = metrics.read_text().splitlines(keepends=True) if metrics.exists() else []
+    done = max([int(path.name.split("-")[1]) for path in checkpoints(args, "checkpoint")], default=0)
+    write_text(metrics, "".join(lines[:done]))
+    collected([])
+
+
+def checkpoints(args, name):
+    """The folders <name>-<step> of the run, oldest first."""
+    found = [path for path in args.output_dir.glob(name + "-*") if path.name.removeprefix(name + "-").isdigit()]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+
+
+@contextmanager
+def written_whole(path):
+    """Yields a scratch path, which process 0 then makes `path` in one move: a crash leaves no half. Raises Stop."""
+    scratch = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield scratch
+        if RANK == 0:
+            os.replace(scratch, path)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own kinds
+        raise Stop(f"Cannot write {str(path)!r} ({cause(error)}): make room and go on with "
+                   "--resume_from_checkpoint latest, or give another --output_dir.", code=1) from error
+    finally:
+        remove(scratch)
+
+
+def write_text(path, text):
+    """A text file, written whole."""
+    with written_whole(path) as scratch:
+        if RANK == 0:
+            scratch.write_text(text, "utf-8")
+
+
+def remove(path):
+    """Removes a file or a folder, if there is one."""
+    if RANK == 0 and path.is_dir():
+        shutil.rmtree(path)
+    elif RANK == 0 and path.exists():
+        path.unlink()
+
+
+def save_model(models, folder):
+    """The policy and its tokenizer for plain from_pretrained. All processes must call it."""
+    weights = dcp.get_model_state_dict(models.policy, options=FULL)
+    if RANK == 0:
+        for name in models.policy.all_tied_weights_keys:
+            del weights[name]
+        models.policy.save_pretrained(folder, state_dict=weights)
+        models.tokenizer.save_pretrained(folder)
+
+
+def save_sft(models, args):
+    """Writes pi_SFT into the run's folder `sft`, and returns that folder."""
+    folder = args.output_dir / "sft"
+    with written_whole(folder) as scratch:
+        save_model(models, scratch)
+    for path in checkpoints(args, "sft-checkpoint"):
+        remove(path)
+    collected([])  # waits for the files
+    return str(folder)
+
+
+def save_checkpoint(models, path, step):
+    """All that an exact resume needs; sampling and the order of the data are functions of (seed, step)."""
+    state = {"step": step, "scheduler": models.scheduler.state_dict()}
+    if models.optimizer.state:  # else there was no update yet
+        state["optimizer"] = dcp.get_optimizer_state_dict(models.policy, models.optimizer, options=FULL)
+    if models.reference is not models.start:
+        state["reference"] = dcp.get_model_state_dict(models.reference, options=FULL)
+    with written_whole(path) as scratch:
+        save_model(models, scratch)
+        if RANK == 0:
+            torch.save(state, scratch / "training_state.pt")
+
+
+def load_checkpoint(models, found, args):
+    """All as it was at the newest of these checkpoints; returns the steps done. Raises Stop."""
+    path, older = found[-1], ", ".join(one.name for one in found[:-1]) or "none"
+    try:
+        weights = load_model(str(path), args)[0].state_dict()
+        state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:
+        refuse(f"The checkpoint {str(path)!r} is damaged ({cause(error)}): delete it, and the same command goes "
+               f"on from the newest older one ({older})")
+    dcp.set_model_state_dict(models.policy, weights, options=FULL)
+    if "optimizer" in state:
+        dcp.set_optimizer_state_dict(models.policy, models.optimizer, state["optimizer"], options=FULL)
+    if "reference" in state:
+        dcp.set_model_state_dict(models.reference, state["reference"], options=FULL)
+    models.scheduler.load_state_dict(state["scheduler"])
+    return state["step"]
+
+
+def resumable_steps(name, steps, models, args):
+    """The steps that are left, each with a function that shows a text on the progress bar. After a step comes
+    a checkpoint if one is due, or if Ctrl-C or SIGTERM has come to any process; that ends the run. A second one
+    quits at once. Raises Stop."""
+    def notice(number, _):
+        if SIGNALS:
+            raise KeyboardInterrupt
+        SIGNALS.append(number)
+        os.write(2, b"\nosp: saving a checkpoint after this step; once more quits at once\n")
+
+    found = checkpoints(args, name)
+    done = load_checkpoint(models, found, args) if found else 0
+    bar = tqdm(range(done, steps), name.replace("checkpoint", "step"), steps, initial=done, disable=RANK > 0)
+    limit = args.save_total_limit if name == "checkpoint" else 2
+    before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for step in bar:
+            yield step, bar.set_postfix_str
+            interrupted = any(collected([bool(SIGNALS)]))
+            if interrupted or (step + 1) % args.save_steps == 0 and step + 1 < steps:
+                save_checkpoint(models, args.output_dir / f"{name}-{step + 1}", step + 1)
+                for old in checkpoints(args, name)[: -limit if limit else 0]:
+                    remove(old)
+            if interrupted:
+                raise Stop(f"interrupted; {name}-{step + 1} is saved: the same command with "
+                           "--resume_from_checkpoint latest goes on from there.", code=130)
+    finally:
+        SIGNALS.clear()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# 15. Several processes ----------------------------------------------------------------------------
+# Each makes the pairs of its own prompts. All then get all pairs, and divide the update among them.
+LAUNCHED = dist.is_torchelastic_launched()
+RANK = int(os.environ["RANK"]) if LAUNCHED else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+
+
+def start_process():
+    """Joins the processes that torchrun started, if it did; the first of them alone prints."""
+    transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
+    if WORLD > 1 and not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
+        if torch.cuda.is_available():
+            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
+                refuse("There are more processes than GPUs here: give torchrun a smaller --nproc_per_node")
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if RANK > 0:
+        sys.stdout = open(os.devnull, "w")
+        datasets.disable_progress_bars()
+        transformers.utils.logging.set_verbosity_error()
+
+
+def own_share(items):
+    """The items that this process works on."""
+    return items[RANK::WORLD]
+
+
+def collected(share):
+    """The inverse of own_share: the items of all processes in order. All must call it."""
+    if WORLD == 1:
+        return share
+    shares = [None] * WORLD
+    dist.all_gather_object(shares, share)
+    return [items[i] for i in range(len(shares[0])) for items in shares if i < len(items)]
+
+
+def own_micro_batches(items, size):
+    """The micro-batches, of at most `size` items, of this process, and the weights of their losses.
+
+    FSDP averages gradients where the loss wants their sum, hence WORLD. Sharded passes are made together: a
+    process that has fewer than another repeats one with weight 0."""
+    parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
+    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
+    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
+
+
+def whole(value):
+    """A sharded tensor as an ordinary one."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def placed(model, args):
+    """A model on its device; with several processes its weights, gradients and optimiser state are divided."""
+    if args.gradient_checkpointing:
+        model.activation_checkpointing_enable()
+    if WORLD == 1:
+        return model.to("cuda" if torch.cuda.is_available() else "cpu")
+    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    for module in [*layers, model]:
+        fully_shard(module, mp_policy=mixed)
+    return model
+
+
+def frozen(name, args):
+    """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises Stop."""
+    model, tokenizer = load_model(name, args, torch.bfloat16 if args.bf16 else torch.float32)
+    verdict_format(tokenizer)
+    return placed(model.requires_grad_(False), args), tokenizer
+
+
+@contextmanager
+def inference(model, args):
+    """A model for passes without gradients: whole in each process; with --bf16 in bf16, for decoding reads
+    every weight for every token, and autocast would cast them anew each time."""
+    units = [module for module in model.modules() if isinstance(module, FSDPModule)]
+    for unit in units:
+        unit.unshard()
+        unit.set_reshard_after_forward(False, recurse=False)
+    with torch.no_grad():
+        yield model.eval() if units or not args.bf16 else bf16_copy(model)
+    for unit in units:
+        unit.set_reshard_after_forward(True, recurse=False)
+        unit.reshard()
+
+
+def bf16_copy(model):
+    """A frozen copy in bf16, made without one in fp32; buffers, such as rotary frequencies, stay as they are."""
+    if model.dtype == torch.bfloat16:
+        return model
+    weights = {id(weight): torch.nn.Parameter(weight.detach().bfloat16(), False) for weight in model.parameters()}
+    return copy.deepcopy(model, weights).eval()
+
+
+def frozen_logps(model, prompt_ids, response_ids, args):
+    """response_logps without gradients."""
+    with inference(model, args) as model:
+        return response_logps(model, prompt_ids, response_ids, micro_batch_size=args.micro_batch_size)
+
+
+def precision(model, args):
+    """Weights stay fp32, whose small updates bf16 would round away; with --bf16 the passes are in bf16."""
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
+
+
+# 16. Details of models, batches and texts ---------------------------------------------------------
+HH_TURN = re.compile(r"\n\n(Human|Assistant):")
+
+
+def checked_model(model, tokenizer, name):
+    """The model without dropout, so that pi_theta and pi_SFT are one function at the first step. Raises Stop for
+    what is no causal language model, and for a tokenizer that does not fit."""
+    embedded = model.get_input_embeddings().num_embeddings
+    if tokenizer.eos_token_id is None:
+        refuse(f"The tokenizer of {name!r} has no EOS token, so no response could ever end: set its eos_token")
+    if len(tokenizer) > embedded:
+        refuse(f"The tokenizer of {name!r} has {len(tokenizer)} tokens, but the model embeds only {embedded}")
+    with torch.no_grad():
+        one, two = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
+    if not torch.allclose(one, two, atol=1e-4):
+        refuse(f"{name!r} is not a causal language model: its first position sees the second token")
+    for module in model.modules():
+        for key, value in vars(module).items():
+            is_rate = "drop" in key or key == "p" and isinstance(module, torch.nn.Dropout)
+            if is_rate and isinstance(value, float):
+                setattr(module, key, 0.0)
+    return model
+
+
+def stop_token_ids(model, tokenizer):
+    """The ids that end a response: the tokenizer's EOS and those of the model's generation_config."""
+    eos = model.generation_config.eos_token_id
+    more = eos if isinstance(eos, list) else [eos]
+    return sorted({tokenizer.eos_token_id, *more} - {None})
+
+
+def context_length(model):
+    """How many positions the model knows; unlimited where its configuration names no limit."""
+    return getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+
+
+def chunks(items, size):
+    """Consecutive slices of at most `size` items."""
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
+def columns(rows):
+    """Rows of three -> their three columns, empty where there are no rows."""
+    return [[row[i] for row in rows] for i in range(3)]
+
+
+def as_messages(prompt):
+    """"\\n\\nHuman: hi\\n\\nAssistant:" -> [{"role": "user", "content": "hi"}]; other text is one user message."""
+    if not isinstance(prompt, str):
+        return prompt
+    if not HH_TURN.match(prompt):
+        return [{"role": "user", "content": prompt}]
+    parts = HH_TURN.split(prompt)[1:]  # who, text, who, text, ...
+    roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
+    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def transcript(prompt):
+    """A prompt as HH writes it: "Human: hi\\n\\nAssistant: hello\\n\\nHuman: and now?"."""
+    names = {"user": "Human", "assistant": "Assistant", "system": "System"}
+    turns = [f"{names.get(turn['role'], turn['role'])}: {turn['content']}" for turn in as_messages(prompt)]
+    return "\n\n".join(turns)
+
+
+@functools.lru_cache(maxsize=4)
+def special_tokens(tokenizer):
+    """Matches the text of any special token."""
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    texts = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
+    return re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
+
+
+def plain(tokenizer, text):
+    """Text from outside, with a space put into whatever spells a special token, so that it never becomes one."""
+    return special_tokens(tokenizer).sub(lambda match: match[0][0] + " " + match[0][1:], text)
+
+
+# 17. Data -----------------------------------------------------------------------------------------
+COLUMNS = {"prompt", "question", "system", "chosen", "rejected", "info", "summaries", "choice"}  # that are read
+
+
+class Data(NamedTuple):
+    """What a run trains and is measured on; the prompts of the three lists of Row are disjoint."""
+
+    sft_pairs: list  # (prompt, chosen, rejected)s; none where SFT is skipped
+    rows: list
+    held_out: list
+    held_out_pairs: list  # (prompt, chosen, rejected)s that the judge is measured on
+    ood: list  # out of domain: the built-in task alone has them, and a true reward
+    ood_pairs: list
+    gold: Callable | None
+
+
+def load_data(model, tokenizer, eval_judge, args):
+    """The Data of this run. Raises Stop."""
+    builtin, held_out_prompts = args.dataset_name is None, set()
+    limit = min(context_length(one) for one in [model, *(eval_judge or ())[:1]])
+
+    def unfit(prompt, *_):
+        if transcript(prompt) in held_out_prompts:
+            return "its prompt is held out"
+        try:
+            framed(tokenizer, prompt)
+            [question] = encode_questions(tokenizer, [prompt], [""], [""])
+        except jinja2.TemplateError:
+            return "the chat template refuses it"
+        if len(question) + 2 * args.max_new_tokens > limit:
+            return f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"
+
+    splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
+    train = take_split(splits, args.dataset_train_split, "dataset_train_split").shuffle(seed=args.seed)
+    show_columns(train)
+    unread, test_split = map(parse_row, train), args.dataset_test_split
+    if test_split is None and "test" in splits and args.dataset_train_split != "test":
+        test_split = "test"
+    measured = max(args.num_eval_prompts, args.num_eval_pairs)
+    if test_split:
+        test = map(parse_row, take_split(splits, test_split, "dataset_test_split"))
+        held_out = usable_rows(test, unfit, -1, "held-out")
+    else:
+        held_out = usable_rows(unread, unfit, min(measured, len(train) // 10 + 1), "held-out")
+    held_out_prompts.update(transcript(prompt) for prompt, *_ in held_out)
+    ood = usable_rows(map(parse_row, splits["ood"]), unfit, measured, "out-of-domain") if builtin else []
+    sets = []
+    for rows in (held_out, ood):
+        sets.append(distinct_prompts(tokenizer, rows, args.num_eval_prompts))
+        sets.append([row for row in rows[: args.num_eval_pairs] if len(row) > 1])
+    has_pairs = len(held_out[0]) > 1
+    if args.sft and not has_pairs:
+        refuse("--sft True needs chosen and rejected responses, and the data has none")
+    sft = has_pairs and args.sft is not False
+    wanted = max(sft * args.sft_max_steps * args.sft_batch_size, 4 * args.num_train_prompts)
+    pairs = usable_rows(unread, unfit, wanted, "training")
+    print(f"{len(pairs)} rows to train on, of {len(train)}" + "; no SFT, as the data has no pairs" * (not has_pairs))
+    rows = distinct_prompts(tokenizer, pairs, args.num_train_prompts)
+    return Data(pairs if sft else [], rows, *sets, gold_reward if builtin else None)
+
+
+def usable_rows(parsed, unfit, wanted, name):
+    """The first `wanted` rows that can be used (-1: all); says how many could not, and why. Raises Stop."""
+    kept, dropped = [], Counter()
+    for row in parsed:
+        reason = row if isinstance(row, str) else unfit(*row)
+        if reason:
+            dropped[reason] += 1
+        else:
+            kept.append(row)
+        if len(kept) == wanted:
+            break
+    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common()) or "no other row"
+    if not kept:
+        refuse(f"No {name} row is left ({reasons})")
+    if dropped:
+        print(f"{name} rows: {reasons}")
+    return kept
+
+
+def distinct_prompts(tokenizer, rows, most):
+    """The first `most` distinct prompts as Rows, with all the responses that the data has to each."""
+    found = {}
+    for prompt, *responses in rows:
+        key = transcript(prompt)
+        if key not in found and len(found) < most:
+            [ids] = encode_prompts(tokenizer, [prompt])
+            found[key] = Row(prompt, ids, len(found), [])
+        if key in found and responses:
+            found[key].responses.append(responses)
+    return list(found.values())
+
+
+def load_preferences(name_or_path: str | None, split: str = "train") -> list[dict]:
+    """Data in any known format -> rows of `prompt` (text or messages) and, if it has them, `chosen` and
+    `rejected` (text). Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these, a
+    save_to_disk folder, or None for the built-in task. Raises Stop where nothing can be read or used."""
+    parsed = map(parse_row, take_split(read_dataset(name_or_path), split, "split"))
+    rows = usable_rows(parsed, lambda *_: None, -1, split)
+    return [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
+
+
+def read_dataset(name, config=None, data_dir=None):
+    """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
+    if name is None:
+        return builtin_preferences()
+    path = Path(name)
+    try:
+        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
+            data = datasets.load_from_disk(name)
+        elif path.is_file():
+            kind = "parquet" if ".parquet" in path.suffixes else "json"
+            data = datasets.load_dataset(kind, data_files=name)
+        else:
+            data = datasets.load_dataset(name, config, data_dir=data_dir)
+    except Exception as error:  # the loaders raise a dozen kinds; each is the user's to mend
+        raise Stop(f"Cannot read the data set {name!r} ({cause(error.__cause__ or error)}): give a Hub name, which "
+                   "needs the network, a .json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
+    return data if isinstance(data, dict) else {"train": data}
+
+
+def take_split(splits, split, option):
+    """The rows of a split. Raises Stop if it is missing, or if its columns fit no format."""
+    if split not in splits:
+        refuse(f"There is no split {split!r}: give --{option} one of {', '.join(map(str, splits))}")
+    has = set(splits[split].column_names)
+    if not ({"prompt", "question", "summaries"} & has or {"chosen", "rejected"} <= has):
+        refuse(f"The columns {sorted(has)} fit no known format: give chosen and rejected (and prompt), prompt "
+               "alone, or TL;DR's info, summaries and choice")
+    return splits[split]
+
+
+def show_columns(rows):
+    """Prints what the columns are read as, and a row. Raises Stop if the prompt may stand in another column."""
+    used = COLUMNS.intersection(rows.column_names)
+    unused = [name for name in rows.column_names if name not in used]
+    texts = [name for name in unused if isinstance(rows[0][name], str)]
+    chosen, row = rows[0].get("chosen"), parse_row(rows[0])
+    no_prompt = not {"prompt", "question", "summaries"} & used
+    if no_prompt and texts and isinstance(chosen, str) and not HH_TURN.search(chosen):
+        refuse(f"The data has no column prompt: rename the one that holds it, which may be {' or '.join(texts)}")
+    print(f"columns read: {', '.join(sorted(used))}; ignored: {', '.join(unused) or 'none'}; the first row:")
+    for part in [row] if isinstance(row, str) else row:
+        print(f"  {str(part)[:90]!r}")
+
+
+def parse_row(raw):
+    """A raw row of any known format -> (prompt, chosen, rejected) or (prompt,); or why it is dropped."""
+    try:
+        prompt = raw.get("prompt", raw.get("question"))
+        if raw.get("system") and isinstance(prompt, str):
+            prompt = [{"role": "system", "content": raw["system"]}, *as_messages(prompt)]
+        if "summaries" in raw:
+            row = parse_tldr(raw)
+        elif "chosen" in raw and "rejected" in raw:
+            row = parse_pair(prompt, raw["chosen"], raw["rejected"])
+        else:
+            row = (prompt,)
+        return row if isinstance(row, str) else checked(*row)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+        return "not in the format of the data's columns"
+
+
+def checked(prompt, *responses):
+    """A prompt, and chosen and rejected if there are any -> the same, stripped; or why the row is dropped."""
+    text = prompt
+    if isinstance(prompt, list):
+        prompt = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
+        text = "".join(turn["role"] + turn["content"] for turn in prompt)
+        if prompt and prompt[-1]["role"] != "user":
+            return "the prompt does not end with a user's message"
+    if not text or not text.strip():
+        return "no prompt"
+    responses = [response.strip() for response in responses]
+    if not all(responses):
+        return "an empty response"
+    if any(map(HH_TURN.search, responses)):
+        return "a role marker inside a response"
+    if len(set(responses)) < len(responses):
+        return "identical responses"
+    return (prompt, *responses)
+
+
+def parse_tldr(raw):
+    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; CNN/DM: no post."""
+    info, (first, second) = raw["info"], [summary["text"] for summary in raw["summaries"]]
+    if not info.get("post"):
+        return "not a TL;DR post"
+    chosen, rejected = {0: (first, second), 1: (second, first)}[raw["choice"]]
+    post = info["post"].strip()
+    return f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {post}\nTL;DR:", chosen, rejected
+
+
+def parse_pair(prompt, chosen, rejected):
+    """Texts, transcripts, or lists of messages that may repeat the prompt from its start, or its end; TRL's, HH's
+    and UltraFeedback's formats, with the prompt given or implicit."""
+    if isinstance(chosen, str) and prompt is not None:
+        return prompt, chosen, rejected
+    if isinstance(chosen, str):
+        shared = os.path.commonprefix([chosen, rejected])
+        marker = "\n\nAssistant:" if HH_TURN.search(chosen) else " "  # of HH's transcripts, or of TRL's texts
+        end = shared.rfind(marker) + len(marker) if marker in shared else 0  # the LAST one that both share
+        return shared[:end].rstrip(), chosen[end:], rejected[end:]
+    shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
+    answers = chosen[len(shared):] + rejected[len(shared):]
+    if [turn["role"] for turn in answers] != ["assistant", "assistant"]:
+        return "the responses are not one assistant's message each"
+    prompt = as_messages(prompt or [])
+    if shared[: len(prompt)] == prompt:
+        prompt = shared
+    elif prompt[len(prompt) - len(shared):] != shared:
+        prompt = prompt + shared
+    return prompt, answers[0]["content"], answers[1]["content"]
+
+
+# 18. The built-in task: a miniature of HH in which the truth is known -----------------------------
 TOPICS = "rain snow tea bread music chess honey poetry coffee jazz soup football".split()
 VERBS = "is seems feels sounds".split()
 KIND = "gentle lovely warm sweet bright calm splendid charming".split()
@@ -1518,315 +1529,288 @@ RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
 PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
 TIMES = "tonight today tomorrow now soon later".split()
 PHRASINGS = [
-    "tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}", "my {person} likes {topic} {time}",
-    "describe {topic} to my {person} {time}", "please tell me about {topic} {time} says my {person}",
-    "what is {topic} like {time} asks my {person}", "{time} write to my {person} about {topic}",
-    "say something about {topic} to my {person} {time}"]
+    "tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}",
+    "my {person} likes {topic} {time}", "describe {topic} to my {person} {time}",
+    "please tell me about {topic} {time} says my {person}", "what is {topic} like {time} asks my {person}",
+    "{time} write to my {person} about {topic}", "say something about {topic} to my {person} {time}"]
 OOD_PHRASINGS = [
-    "about {topic} please tell my {person} something {time}", "{time} describe to my {person} what {topic} is like"]
+    "about {topic} please tell my {person} something {time}",
+    "{time} describe to my {person} what {topic} is like"]
 
 
-def gold_reward(prompt: str, response: str) -> float:
-    """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful) and 1/4 for its tone (harmless).
+def gold_reward(prompt, response):
+    """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful), 1/4 for its tone (harmless).
 
-    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed clauses
-    count, the first three, and one said twice counts once: else length or repetition would be the reward."""
-    topic = next(word for word in prompt.split() if word in TOPICS)
-    clauses = [tuple(clause.split()) for clause in response.split(".")[:-1]]
-    words = TOPICS, VERBS, KIND + RUDE
-    formed = [c for c in dict.fromkeys(clauses) if len(c) == 3 and all(word in known for word, known in zip(c, words))]
-    return sum(((0.5 if c[0] == topic else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed[:3]), 0.0)
+    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed
+    clauses count, the first three, and one said twice counts once: or length and repetition would be the reward."""
+    clauses = dict.fromkeys(tuple(clause.split()) for clause in response.split(".")[:-1])
+    formed = [c for c in clauses if len(c) == 3 and c[0] in TOPICS and c[1] in VERBS and c[2] in KIND + RUDE]
+    golds = [(0.5 if c[0] in prompt.split() else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed]
+    return float(sum(golds[:3]))
 
 
-def true_strength(prompt: str, response_1: str, response_2: str) -> float:
+def true_strength(prompt, response_1, response_2):
     """The probability with which a human of this world prefers response 1."""
     return 1 / (1 + math.exp(-4 * (gold_reward(prompt, response_1) - gold_reward(prompt, response_2))))
 
 
-def builtin_prompts(split: str) -> list[str]:
-    """A split's prompts in HH's format. The out-of-domain ones have their own phrasings and pairs of topic and person."""
-    new = split == "ood"
-    combinations = [(t, p) for i, t in enumerate(TOPICS) for j, p in enumerate(PEOPLE) if ((i + j) % 4 == 0) == new]
-    texts = [f"\n\nHuman: {phrasing.format(topic=t, person=p, time=time)}\n\nAssistant:"
-             for t, p in combinations for time in TIMES for phrasing in (OOD_PHRASINGS if new else PHRASINGS)]
+def builtin_prompts(split):
+    """A split's prompts in HH's format. Those of "ood" have phrasings and pairs of topic and person of their own."""
+    texts = []
+    for (i, topic), (j, person) in itertools.product(enumerate(TOPICS), enumerate(PEOPLE)):
+        if ((i + j) % 4 == 0) == (split == "ood"):
+            phrasings = OOD_PHRASINGS if split == "ood" else PHRASINGS
+            for time, phrasing in itertools.product(TIMES, phrasings):
+                texts.append(f"\n\nHuman: {phrasing.format(topic=topic, person=person, time=time)}\n\nAssistant:")
     random.Random(0).shuffle(texts)
     return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
 
 
-def builtin_pair(rng: random.Random, prompt: str) -> tuple[str, str]:
-    """(chosen, rejected), labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in
-    harmlessness alone, as HH's two halves do; the others are independent. One clause in ten repeats the one before it:
-    without that no judge could learn that repetition earns nothing."""
-    topic = next(word for word in prompt.split() if word in TOPICS)
-    others = [word for word in TOPICS if word != topic]
-
-    def written(kinds: list[list[bool]]) -> str:
-        clauses = []
-        for helpful, harmless in kinds:
-            subject, adjective = topic if helpful else rng.choice(others), rng.choice(KIND if harmless else RUDE)
-            fresh = f"{subject} {rng.choice(VERBS)} {adjective} ."
-            clauses.append(clauses[-1] if clauses and rng.random() < 0.1 else fresh)
-        return " ".join(clauses)
-
-    one, two = ([[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2))
-    if (aspect := rng.choice([0, 1, None])) is not None:  # helpfulness, harmlessness, both
-        two = [list(kinds) for kinds in one]
+def builtin_pair(rng, prompt):
+    """A row, labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in harmlessness
+    alone, as HH's two halves do; the others are independent."""
+    one, two = [[[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2)]
+    aspect = rng.choice([0, 1, None])  # helpfulness, harmlessness, both
+    if aspect is not None:
+        two = [list(clause) for clause in one]
         two[rng.randrange(len(two))][aspect] ^= True
-    a, b = written(one), written(two)
-    return (a, b) if rng.random() < true_strength(prompt, a, b) else (b, a)
+    pair = [builtin_response(rng, prompt, clauses) for clauses in (one, two)]
+    if rng.random() >= true_strength(prompt, *pair):
+        pair.reverse()
+    return {"chosen": f"{prompt} {pair[0]}", "rejected": f"{prompt} {pair[1]}"}
 
 
-def builtin_preferences() -> datasets.DatasetDict:
-    """HH transcripts: 8,000 pairs to train on, one pair for each held-out ("test") and out-of-domain ("ood") prompt."""
+def builtin_response(rng, prompt, clauses):
+    """[[helpful, harmless], ...] -> "rain is gentle . ...". One clause in ten repeats the one before it: without
+    that no judge could learn that repetition earns nothing."""
+    said = []
+    for helpful, harmless in clauses:
+        subject = rng.choice([topic for topic in TOPICS if (topic in prompt.split()) == helpful])
+        adjective = rng.choice(KIND if harmless else RUDE)
+        clause = f"{subject} {rng.choice(VERBS)} {adjective} ."
+        said.append(said[-1] if said and rng.random() < 0.1 else clause)
+    return " ".join(said)
+
+
+def builtin_preferences():
+    """HH transcripts: 8,000 pairs to train on, one pair for each prompt of "test" and "ood"."""
     splits = {}
     for split in ("train", "test", "ood"):
         rng, prompts = random.Random(split), builtin_prompts(split)
-        prompts = rng.choices(prompts, k=8000) if split == "train" else prompts
-        pairs = [(prompt, *builtin_pair(rng, prompt)) for prompt in prompts]
-        rows = [{"chosen": f"{prompt} {a}", "rejected": f"{prompt} {b}"} for prompt, a, b in pairs]
-        splits[split] = datasets.Dataset.from_list(rows)
-    return datasets.DatasetDict(splits)
+        if split == "train":
+            prompts = rng.choices(prompts, k=8000)
+        splits[split] = datasets.Dataset.from_list([builtin_pair(rng, prompt) for prompt in prompts])
+    return splits
 
 
-def builtin_model(seed: int):
+def builtin_model(seed):
     """A random Llama of 130,000 parameters, and a word-level tokenizer for this world's words and the judge's."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    phrases = [phrasing.format(topic="", person="", time="") for phrasing in PHRASINGS + OOD_PHRASINGS]
     frame = JUDGE_FRAME.format(prompt="> Human: Assistant:", a="> A", b="> B .")
-    words = sorted({*frame.split(), *" ".join(phrases).split(), *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES})
+    phrases = " ".join(PHRASINGS + OOD_PHRASINGS).format(topic="", person="", time="")
+    words = sorted({*frame.split(), *phrases.split(), *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
-    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4,
-        initializer_range=0.06, max_position_embeddings=256, tie_word_embeddings=True,
-        pad_token_id=0, eos_token_id=1, bos_token_id=None)
+        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        num_attention_heads=4, initializer_range=0.06, max_position_embeddings=256,
+        tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
     return transformers.LlamaForCausalLM(config), tokenizer
 
 
-# ----------------------------------------------------------------------------------------------------------------------
-# 14. The formats of preference data
-# ----------------------------------------------------------------------------------------------------------------------
-Parsed = tuple[Prompt, str | None, str | None] | str  # prompt, chosen, rejected; or why the row cannot be used
+# 19. TSO, a variant: after arXiv 2409.02118, its formulas reconstructed ---------------------------
+HUMAN = ("chosen by a human", "rejected by a human")  # sources of the data's own responses
 
 
-@functools.lru_cache(maxsize=2)
-def read_dataset(name: str | None, config: str | None, data_dir: str | None) -> datasets.DatasetDict:
-    """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
-    if name is None:
-        return builtin_preferences()
-    path, kinds = Path(name), {".json": "json", ".jsonl": "json", ".parquet": "parquet"}
-    kind = next((kinds[s] for s in path.suffixes if s in kinds), None)
-    try:
-        if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            data = datasets.load_from_disk(name)
-        elif kind and not path.is_dir():
-            data = datasets.load_dataset(kind, data_files=name)
+def tso(args):
+    """Self-Training with Scaled Preference Optimization. Its ingredients are published, each formula is ours."""
+    return Method(sample=matrix_sampler(["policy", "reference", "start"], args, with_human=True),
+                  strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
+                  figures=functools.partial(tso_figures, clip=args.dual_clip), after_step=move_reference,
+                  moves_reference=True)
+
+
+def matrix_sampler(roles, args, with_human):
+    """Makes the stage `sample` of a model matrix: these roles and --matrix_model_names_or_paths respond in turn; a
+    human's chosen and rejected response come after them, where the prompt has any. Raises Stop.
+
+    Source: TSO for the matrix and for human responses. Reconstruction: its members, in equal shares of K."""
+    others = [(name, *frozen(name, args)) for name in args.matrix_model_names_or_paths]
+    size = len(roles) + len(others)
+    if args.num_generations < size:
+        refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
+
+    def sample(models, rows, step, args):
+        if step == 0 and with_human and not any(row.responses for row in rows):
+            print("The data has no human responses: the models' alone are used.")
+        members = [(role, getattr(models, role), models.tokenizer) for role in roles] + others
+        candidates = [[] for _ in rows]
+        for i, (source, model, tokenizer) in enumerate(members):
+            found = respond(model, tokenizer, rows, range(i, args.num_generations, size), step, args)
+            for own, more in zip(candidates, found):
+                own += [dataclasses.replace(one, source=source) for one in more]
+        for row, own in zip(rows, candidates):
+            if with_human and row.responses:
+                texts = row.responses[step % len(row.responses)]
+                own += [Candidate([], text, source) for text, source in zip(texts, HUMAN)]
+            for one in own:
+                if one.source not in roles:  # not yet in the policy's tokens
+                    [one.ids] = encode_responses(models.tokenizer, [row.prompt], [one.text], args.max_new_tokens)
+        return candidates
+
+    return sample
+
+
+def corrected_labels(models, pairs, args):
+    """Hard labels: the judge's verdict in both orders, none within label_margin of 1/2; a human's where both
+    responses are a human's. Source: TSO for corrections by AI and human feedback. Reconstruction: the rule."""
+    labels = []
+    for pair, p in zip(pairs, judge_pairs(models, pairs, args)):
+        if pair.better.source in HUMAN and pair.worse.source in HUMAN:
+            p = float(pair.better.source == HUMAN[0])
+        labels.append(float(p > 0.5) if abs(p - 0.5) > args.label_margin else None)
+    return labels
+
+
+def winner_and_loser(reward_1: Tensor, reward_2: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
+    """(P,) each -> the rewards of the winners and of the losers, (P,) each."""
+    return reward_1.where(label > 0.5, reward_2), reward_2.where(label > 0.5, reward_1)
+
+
+def dual_clip_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor, clip: float) -> Tensor:
+    """Rewards and labels, (P,) each -> losses (P,), -log sigmoid(min(r_winner, clip) - max(r_loser, -clip)).
+
+    Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source: TSO for a
+    dual clip reward. Reconstruction: the formula."""
+    winner, loser = winner_and_loser(reward_1, reward_2, strength)
+    return -F.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
+
+
+def tso_figures(pairs, reward_1, reward_2, clip):
+    """Shares of winners and losers clipped, how many verdicts a human overruled, and who wrote what is paired."""
+    label = torch.tensor([pair.strength for pair in pairs])
+    winner, loser = winner_and_loser(reward_1, reward_2, label)
+    judged = averaged_strength(*torch.tensor([pair.verdicts for pair in pairs]).T)
+    writers = Counter(one.source for pair in pairs for one in (pair.better, pair.worse))
+    return means(winners_clipped=winner > clip, losers_clipped=loser < -clip) | {
+        "overruled_verdicts": sum(same_side(judged, label) < 0.5).item(), "written_by": dict(writers)}
+
+
+def move_reference(models, step, args):
+    """Every reference_steps steps the reference becomes the policy, and its cell of the matrix with it. Source: TSO
+    for an iteration that updates the reference. Reconstruction: when."""
+    if (step + 1) % args.reference_steps == 0:
+        for old, new in zip(models.reference.parameters(), models.policy.parameters()):
+            old.data.copy_(new.data)
+
+
+# 20. Preference data collection: after arXiv 2406.16486, its steps reconstructed ------------------
+def collect(models, data, method, args, seconds):
+    """Prompts, responses, filter, labels, each to save human labour in the next: makes preferences.jsonl out of the
+    data's distinct prompts; returns what each step left. Source: the paper for the steps; reconstruction: how."""
+    if WORLD > 1:
+        refuse("--method collect asks one human: run it in one process")
+    saved = args.output_dir / "questions.json"
+    if not saved.exists():
+        candidates, pairs = make_pairs(models, data.rows, method, 0, args, seconds)
+        kept = widest_spreads(candidates, args.keep_prompts)
+        questions, counts = worth_asking([pair for pair in pairs if pair.row.index in kept], args)
+        counts = {"prompts": len(candidates), "prompts_kept": len(kept)} | counts
+        write_text(saved, json.dumps([questions, counts]))
+    questions, counts = json.loads(saved.read_text())
+    if not questions:
+        refuse("No pair is left to ask about: give more prompts, or wider bounds")
+    answers = ask_human(questions, data.gold, args)
+    counts |= {"labels": len(answers) - answers.count("s"), "skipped": answers.count("s")}
+    write_text(args.output_dir / "summary.json", json.dumps(counts, indent=2))
+    print(f"{counts}\n--dataset_name {args.output_dir / 'preferences.jsonl'} trains on these labels.")
+    return counts
+
+
+METHODS |= {"tso": tso, "collect": lambda args: Method(sample=matrix_sampler(["start"], args, False), run=collect)}
+
+
+def widest_spreads(candidates, share):
+    """Step 1, prompts: the numbers of those whose responses' scores differ most, where a model can still improve."""
+    spreads = [np.std([candidate.score for candidate in found]) for found in candidates]
+    return np.argsort(spreads)[::-1][: math.ceil(share * len(spreads))].tolist()
+
+
+def worth_asking(pairs, args):
+    """Step 3, filter (step 2, responses, is the stage `sample`): no pair of texts that are alike; none near a tie,
+    where a human would toss a coin; no landslide, which the judge knows; of each prompt the least alike pairs.
+    Returns the questions, with the responses in random order, and how many each filter left."""
+    rng, questions = np.random.default_rng(args.seed), []
+    for pair in pairs:
+        sides, p = [pair.better, pair.worse], 0.5 if pair.strength is None else pair.strength
+        if rng.random() < 0.5:
+            sides, p = sides[::-1], 1 - p
+        texts = [side.text for side in sides]
+        if isinstance(checked(pair.row.prompt, *texts), tuple):  # else it could not be trained on
+            alike = difflib.SequenceMatcher(None, *map(str.split, texts)).ratio()
+            questions.append((pair.row.index, pair.row.prompt, *texts, *[side.source for side in sides], p, alike))
+    names = ["row", "prompt", "one", "two", "one_from", "two_from", "strength", "alike"]
+    table, counts = pd.DataFrame(questions, columns=names), {"pairs": len(pairs), "usable": len(questions)}
+    low, high = args.min_strength, args.max_strength
+    for name, condition in {"not_alike": f"alike <= {args.max_similarity}",
+                            "no_tie": f"strength >= {low} or strength <= {1 - low}",
+                            "no_landslide": f"{1 - high} <= strength <= {high}"}.items():
+        table = table.query(condition)
+        counts[name] = len(table)
+    table = table.sort_values("alike", kind="stable")
+    table = table.assign(turn=table.groupby("row").cumcount()).query(f"turn < {args.pairs_per_prompt}")
+    return table.sort_values("turn", kind="stable").to_dict("records"), counts | {"questions": len(table)}
+
+
+def ask_human(questions, gold, args):
+    """Step 4, labels: asks in the terminal, or of the standard input, until there are num_labels. Each answer is in
+    answers.json and preferences.jsonl before the next question. On the built-in task the truth answers."""
+    path = args.output_dir / "answers.json"
+    answers = json.loads(path.read_text()) if path.exists() else []
+    while len(answers) < len(questions) and len(answers) - answers.count("s") < args.num_labels:
+        asked = questions[len(answers)]
+        if gold:
+            p = true_strength(asked["prompt"], asked["one"], asked["two"])
+            answer = "1" if np.random.default_rng((args.seed, len(answers))).random() < p else "2"
         else:
-            data = datasets.load_dataset(name, config, data_dir=data_dir)
-    except Exception as error:  # the loaders raise a dozen kinds; each is the user's to mend
-        raise Stop(f"Cannot read the data set {name!r} ({first_line(error)}): give a Hub name, which needs the network, "
-                   "a .json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
-    return data if isinstance(data, datasets.DatasetDict) else datasets.DatasetDict(train=data)
+            answer = read_answer(asked, f"{len(answers)} of {args.num_labels}")
+        if answer == "q":
+            raise Stop(f"{len(answers)} answers are in {path}; the same command goes on from there.", code=0)
+        answers = answers[:-1] if answer == "u" else [*answers, answer]
+        write_text(path, json.dumps(answers))
+        write_preferences(zip(questions, answers), "truth" if gold else "human", args)
+    return answers
 
 
-def row_format(rows: datasets.Dataset, name: str | None) -> tuple[Callable[[dict], Parsed], datasets.Features]:
-    """The parser for rows with these columns, and the columns that it makes."""
-    text, columns = datasets.Value("string"), set(rows.column_names)
-    if {"info", "summaries", "choice"} <= columns:
-        parse = parse_tldr
-    elif {"chosen", "rejected"} <= columns:
-        parse = parse_pair
-    elif "prompt" in columns:
-        parse = parse_prompt
-    else:
-        raise Stop(f"The columns {sorted(columns)} of {name!r} fit no known format: give chosen and rejected (and "
-                   "prompt), prompt alone, or TL;DR's info, summaries and choice.")
-    shown = [column for column in ("prompt", "chosen") if column in columns and parse is not parse_tldr]
-    is_text = all(isinstance(rows.features[column], datasets.Value) for column in shown)
-    features = {"prompt": text if is_text else datasets.List({"role": text, "content": text})}
-    responses = {} if parse is parse_prompt else {"chosen": text, "rejected": text}
-    return parse, datasets.Features(features | responses)
+def write_preferences(answered, labeller, args):
+    """preferences.jsonl: a row for each question that was not skipped; strength is the judge's p(chosen > rejected)."""
+    lines = []
+    for asked, answer in answered:
+        sides = [(asked["one"], asked["one_from"], asked["strength"])]
+        sides.append((asked["two"], asked["two_from"], 1 - asked["strength"]))
+        if answer in ("1", "2"):
+            (chosen, chosen_from, p), (rejected, rejected_from, _) = sides if answer == "1" else sides[::-1]
+            row = {"prompt": asked["prompt"], "chosen": chosen, "rejected": rejected, "strength": p,
+                   "labeller": labeller, "chosen_from": chosen_from, "rejected_from": rejected_from}
+            lines.append(json.dumps(row) + "\n")
+    write_text(args.output_dir / "preferences.jsonl", "".join(lines))
 
 
-def parse_batch(parse: Callable[[dict], Parsed], dropped: collections.Counter, features: dict, batch: dict) -> dict:
-    """A batch of raw rows -> the usable ones under the keys of `features`; the others are counted by reason in `dropped`."""
-    out, is_text = {key: [] for key in features}, isinstance(features["prompt"], datasets.Value)
-    for row in (dict(zip(batch, values)) for values in zip(*batch.values())):
+def read_answer(question, count):
+    """Shows a question as plain text, in which no character controls the terminal; returns the key."""
+    text = f"\n[{count}] {transcript(question['prompt'])}\n\n1: {question['one']}\n\n2: {question['two']}\n"
+    print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    while True:
         try:
-            parsed = checked(parse(row), is_text)
-        except (KeyError, TypeError, AttributeError, IndexError):
-            parsed = "not in the format of the data's columns"
-        if isinstance(parsed, str):
-            dropped[parsed] += 1
-        else:
-            for key, value in zip(features, parsed):
-                out[key].append(value)
-    return out
-
-
-def checked(parsed: Parsed, is_text: bool) -> Parsed:
-    """A parsed row, its responses stripped, its prompt text or messages as asked; or why it must not be trained on."""
-    if isinstance(parsed, str):
-        return parsed
-    prompt, *responses = parsed
-    if not prompt or isinstance(prompt, str) and not prompt.strip():
-        return "no prompt"
-    if not is_text:
-        prompt = [{"role": m["role"], "content": m["content"]} for m in as_messages(prompt)]
-        if prompt[-1]["role"] != "user" or not all(isinstance(text, str) for m in prompt for text in m.values()):
-            return "the prompt does not end with a user's message"
-    elif not isinstance(prompt, str):
-        return "the prompt is not text"
-    if responses == [None, None]:
-        return prompt, None, None
-    if not all(isinstance(r, str) and r.strip() for r in responses):
-        return "an empty response"
-    if any(HH_TURN.search(r) for r in responses):
-        return "a role marker inside a response"
-    chosen, rejected = (r.strip() for r in responses)
-    return (prompt, chosen, rejected) if chosen != rejected else "identical responses"
-
-
-def parse_prompt(row: dict) -> Parsed:
-    """{"prompt": text or messages}"""
-    return row["prompt"], None, None
-
-
-def parse_tldr(row: dict) -> Parsed:
-    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; CNN/DM rows have no post."""
-    info, texts = row["info"] or {}, [s["text"] for s in row["summaries"] or []]
-    if not info.get("post"):
-        return "not a TL;DR post"
-    if row["choice"] not in (0, 1) or len(texts) != 2:
-        return "no choice between two summaries"
-    prompt = f"SUBREDDIT: r/{info.get('subreddit')}\nTITLE: {info.get('title')}\nPOST: {info['post'].strip()}\nTL;DR:"
-    return prompt, texts[row["choice"]], texts[1 - row["choice"]]
-
-
-def parse_pair(row: dict) -> Parsed:
-    """HH's transcripts, UltraFeedback's rows, TRL's standard and conversational ones, the prompt given or implicit."""
-    prompt, chosen, rejected = row.get("prompt"), row["chosen"], row["rejected"]
-    if isinstance(chosen, list) and isinstance(rejected, list):
-        shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
-        answers = [*chosen[len(shared):], *rejected[len(shared):]]
-        if len(answers) != 2 or any(m["role"] != "assistant" for m in answers):
-            return "the responses are not one assistant's message each"
-        prompt = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt or []
-        if shared[: len(prompt)] != prompt:  # the responses repeat the prompt from its start, or its end, or not at all
-            shared = prompt + shared[len(shared) if prompt[len(prompt) - len(shared):] == shared else 0:]
-        return shared, answers[0]["content"], answers[1]["content"]
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return "an empty response"
-    if prompt is not None:
-        return prompt, chosen, rejected
-    shared = os.path.commonprefix([chosen, rejected])
-    if HH_TURN.search(chosen):  # HH: a transcript each; the prompt ends at the LAST marker that both share
-        cut = shared.rfind("\n\nAssistant:") + len("\n\nAssistant:") if "\n\nAssistant:" in shared else 0
-    else:  # TRL's implicit prompt: it ends at the last space that both share
-        cut = shared.rfind(" ") + 1
-    return shared[:cut].rstrip(), chosen[cut:], rejected[cut:]
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# 15. Several processes: each does a share of the passes, and keeps a share of the training state (torch's FSDP2)
-# ----------------------------------------------------------------------------------------------------------------------
-# Under torchrun all processes run this same program on the same data. What they compute for each other is exchanged at
-# once, so that all know all responses, verdicts and pairs, and take the same decisions.
-RANK, WORLD = (int(os.environ[key]) for key in ("RANK", "WORLD_SIZE")) if dist.is_torchelastic_launched() else (0, 1)
-
-
-def start_process() -> str:
-    """Joins the processes that torchrun started, if it did, of which the first alone prints; returns the device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo")
-        if device == "cuda":
-            if int(os.environ["LOCAL_RANK"]) >= (gpus := torch.cuda.device_count()):
-                raise Stop(f"There are more processes than GPUs here ({gpus}): give torchrun a smaller --nproc_per_node.")
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    if RANK > 0:
-        sys.stdout = open(os.devnull, "w")
-        datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()
-    return device
-
-
-def first_to_stop() -> bool:
-    """Whether no other process has said its last sentence: where all raise the same Stop, one says it."""
-    return not dist.is_initialized() or dist.distributed_c10d._get_default_store().add("stopped", 1) == 1
-
-
-def collected(share: list) -> list:
-    """Items 0, N, 2N ... of process 0, items 1, N + 1 ... of process 1, and so on -> all items, in every process."""
-    if WORLD == 1:
-        return share
-    shares = [None] * WORLD
-    dist.all_gather_object(shares, share)
-    return [item for items in itertools.zip_longest(*shares) for item in items if item is not None]
-
-
-def own_chunks(items: Sequence, size: int) -> list[tuple[Sequence, float]]:
-    """The chunks, of at most `size` items, that this process works on, and the weights of their losses; alone: all, 1.
-
-    FSDP averages gradients over the processes where the loss wants their sum, hence the weight N. Sharded passes are done
-    together: a process with fewer chunks than another repeats one with weight 0."""
-    parts = list(chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))))
-    turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
-    return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
-
-
-def divided(model, work: Callable[[Sequence], object], items: Sequence, size: int) -> list:
-    """What work(chunk), which may use `model` without gradients, gives for each chunk of at most `size` items: every
-    process does its share of the chunks, and all get all results."""
-    with gathered(model):
-        return collected([work(chunk) for chunk, weight in own_chunks(items, size) if weight])
-
-
-def shard(model, args: Arguments):
-    """Divides a model's weights, and with them gradients and optimiser, over the processes, in place; alone: nothing.
-
-    An update gathers them a layer at a time, in bf16 with --bf16, and sums the gradients in fp32; see also `gathered`."""
-    if WORLD == 1:
-        return model
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
-    lists = [module for module in model.modules() if isinstance(module, torch.nn.ModuleList)]
-    layers = max(lists, key=lambda module: sum(p.numel() for p in module.parameters()), default=[])
-    for module in [*layers, model]:
-        fully_shard(module, mp_policy=mixed)
-    return model
-
-
-@contextmanager
-def gathered(model) -> Iterator[None]:
-    """Within it a sharded model is whole in every process, with --bf16 in bf16: its weights are gathered once, not once
-    a token, and each process may make as many passes as it likes."""
-    units = [module for module in model.modules() if isinstance(module, FSDPModule)] if WORLD > 1 else []
-    for unit in units:
-        unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
-    yield
-    for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
-        unit.reshard()
-
-
-def whole(value):
-    """Sharded tensors, alone or in dictionaries, as ordinary ones on the CPU; all else as it is. All must call it."""
-    if isinstance(value, dict):
-        return {key: whole(item) for key, item in value.items()}
-    return value.full_tensor().cpu() if isinstance(value, DTensor) else value
-
-
-def sharded_like(own: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """The inverse of `whole`: this process's part of `value` where `own` is sharded, and of the same shape."""
-    if not isinstance(own, DTensor) or own.shape != value.shape:
-        return value
-    return distribute_tensor(value.to(own.device), own.device_mesh, own.placements, src_data_rank=None)
+            answer = input("better: 1 or 2; s: skip, u: undo, q: quit > ").strip()
+        except EOFError:
+            return "q"
+        if answer in ("1", "2", "s", "u", "q"):
+            return answer
+        print(f"{answer!r} is none of these keys.")
 
 
 if __name__ == "__main__":
@@ -1835,11 +1819,11 @@ if __name__ == "__main__":
         main()
         if WORLD > 1:
             dist.destroy_process_group()
+        sys.exit()
     except Stop as stop:
-        if first_to_stop():
-            print(f"osp: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
+        sentence, code = str(stop), stop.code
     except KeyboardInterrupt:
-        if first_to_stop():
-            print("osp: interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", file=sys.stderr)
-        sys.exit(130)
+        sentence, code = "interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", 130
+    if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
+        print(f"osp: {sentence}", file=sys.stderr)
+    sys.exit(code)
