@@ -1,27 +1,28 @@
-"""Online Self-Preferring Language Models (OSP, arXiv 2405.14103): a reference implementation in one file.
+"""Online Self-Preferring Language Models (OSP, arXiv 2405.14103): a reference implementation.
 
 One language model answers, judges its own answers, and learns from how STRONGLY one is preferred:
 
     sample K responses -> rank -> pair -> the frozen SFT model judges each pair -> SPCE loss -> update
 
-    python osp.py                                           the built-in task, whose truth is known
+    python osp.py                                           the built-in task, whose true reward is known
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal LM and preference data
     torchrun --nproc_per_node N osp.py ...                  the same in N processes, with a GPU each
 
 Part I is the method, in the order of the algorithm. Part II is what makes it practical.
 
-The paper's public text leaves some steps open. Those marked [R], and "reconstruction" in docstrings,
-are this project's own, as are the judge's question, the curriculum of SFT and the built-in task:
+The paper's public text leaves some steps open. Those listed here with [R] are this project's own, as
+are the judge's question, the curriculum of SFT and the built-in task. Docstrings say "reconstruction":
   [R] the judging task shows each pair in both orders; its loss is on the verdict alone (section 5)
-  [R] all candidates are compared with the first of them, which is always shown as A (section 7)
+  [R] all responses are compared with the first one sampled, which is always shown as A (section 7)
   [R] pairs are best with worst, second best with second worst, and so on inwards (section 7)
   [R] strengths are asked in both orders, and their probabilities are averaged (section 8)
   [R] the formula of the SPCE loss; the paper gives its name and its purpose (section 9)
 
-Shapes: B prompts, K responses a prompt, P pairs, N sequences, T tokens, V words of the vocabulary.
+Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
+vocabulary. Pr(A) is the judge's probability of the verdict A, p a strength: how likely 1 is better.
 `logps` is always a SUM over a response's tokens, its EOS included, its prompt excluded; `token_logps`
 is per token. The reward of a response is beta * (log pi_theta - log pi_reference), as in DPO.
-Everywhere `args` is an Arguments, `models` a Models, `rows` and `pairs` lists of Row and Pair.
+A stage's `args` is an Arguments, its `models` a Models, its `rows` and `pairs` lists of Row and Pair.
 """
 import copy
 import dataclasses
@@ -38,11 +39,11 @@ import shutil
 import signal
 import sys
 import time
-from collections import Counter
+from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import datasets
 import jinja2
@@ -51,16 +52,12 @@ import pandas as pd
 import tokenizers
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 import transformers
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict as dcp
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
-from torch.nn.utils.rnn import pad_sequence
 from tqdm.auto import tqdm
-from transformers import HfArgumentParser
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
@@ -69,18 +66,16 @@ Ids = list[int]  # the token ids of one prompt or of one response
 
 class Stop(Exception):
     """Why a run cannot go on, in one sentence for the user. `code`: 2 before the first step, 1 later."""
-
     def __init__(self, sentence: str, code: int = 2):
-        super().__init__(" ".join(sentence.split()))
+        super().__init__(sentence)
         self.code = code
 
 
 # 1. Arguments -------------------------------------------------------------------------------------
 @dataclasses.dataclass
 class Arguments:
-    """The command line; a comment is the help on its option. Defaults are for real models: BUILTIN has those of the
-    built-in task."""
-
+    """The command line; a comment is the help on its option. BUILTIN (section 12) has those
+    of the built-in task. Of all these values the paper's public text names only the 200 prompts."""
     method: str = "osp"  # a name in METHODS
     model_name_or_path: str | None = None  # Hub name or folder; none: a tiny random model
     dataset_name: str | None = None  # Hub name, file or folder; none: the built-in task
@@ -98,13 +93,13 @@ class Arguments:
     num_train_epochs: int = 3  # passes over these prompts
     max_steps: int = -1  # end after so many steps; -1: after the epochs; 0: only evaluate
     learning_rate: float = 1e-6  # peak learning rate
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # schedule
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # form
     warmup_steps: float = 0.1  # steps of warm-up; below 1: their share of all steps
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     bf16: bool = False  # bf16 autocast for the update, bf16 copies for all else
     gradient_checkpointing: bool = False  # recompute activations in the backward pass
     micro_batch_size: int = 8  # sequences a forward pass
-    # Part II: data, the run's folder, evaluation, variants
+    # Part II: data, the run's folder, evaluation, and the variants of sections 19 and 20
     dataset_config: str | None = None  # configuration of the data set
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
@@ -113,14 +108,14 @@ class Arguments:
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<data>-seed<seed>
     overwrite_output_dir: bool = False  # replace the run that output_dir holds
-    resume_from_checkpoint: str | None = None  # latest: go on with the run that output_dir holds
+    resume_from_checkpoint: Literal["latest"] | None = None  # latest: go on with the run in output_dir
     save_steps: int = 100  # steps between checkpoints, of SFT and of the method
     save_total_limit: int | None = None  # checkpoints of the method to keep; none: all
     eval_steps: int = 50  # steps between evaluations
     num_eval_prompts: int = 256  # held-out prompts, one sampled response each
     num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
     eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
-    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # tso, collect: more models
+    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # tso, collect also
     dual_clip: float = 0.2  # tso: a reward has no gradient beyond it, above or below
     label_margin: float = 0.1  # tso: pairs whose strength is nearer to 1/2 are dropped
     reference_steps: int = 50  # tso: steps after which the reference becomes the policy
@@ -143,17 +138,16 @@ def load_model(name, args, dtype=torch.float32):
         model = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust)
     except Exception as error:  # the libraries raise a dozen kinds; each is the user's to mend
-        raise Stop(f"Cannot load {name!r} as a causal language model ({cause(error)}): give a Hub name, "
-                   "which needs the network, or a folder with config, tokenizer and safetensors.") from error
-    template = functools.partial(tokenizer.apply_chat_template, **args.chat_template_kwargs)
-    tokenizer.apply_chat_template = template
+        raise Stop(f"Cannot load {name!r} as a causal language model ({cause(error)}): give a Hub name "
+                   "(needs the network), or a folder with config, tokenizer and safetensors.") from error
+    tokenizer.apply_chat_template = functools.partial(  # a dict since parse_arguments
+        tokenizer.apply_chat_template, **args.chat_template_kwargs)
     return checked_model(model, tokenizer, name), tokenizer
 
 
 @dataclasses.dataclass
 class Models:
     """The models of a run by role. In OSP start, reference and judge are one: the frozen pi_SFT."""
-
     tokenizer: Any
     policy: Any  # pi_theta, which the optimizer trains
     start: Any = None  # pi_SFT, with which evaluation compares; it never moves
@@ -167,33 +161,31 @@ class Models:
 @dataclasses.dataclass
 class Candidate:
     """A response to a prompt."""
-
     ids: Ids
     text: str
     source: str = "policy"  # who wrote it
-    score: float = 0.5  # by which the candidates of a prompt are ranked
+    score: float = 0.5  # in [0, 1]; by it the candidates of a prompt are ranked
 
 
 @dataclasses.dataclass
 class Row:
     """A prompt."""
-
     prompt: Prompt
-    ids: Ids  # which a response continues
-    index: int  # its number in its set, to which its sampling noise belongs
+    ids: Ids  # of the framed prompt, which a response continues
+    index: int  # its number in its set, which picks its sampling noise
     responses: list  # the data's own (chosen, rejected)s, if it has any
     start: Candidate | None = None  # pi_SFT's response, for evaluation
+    policy: Candidate | None = None  # the policy's own at the last evaluation
 
 
 @dataclasses.dataclass
 class Pair:
     """Two responses to one prompt, the one that ranks higher first."""
-
     row: Row
     better: Candidate
     worse: Candidate
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
-    verdicts: tuple | None = None  # the judge's P(A) with the better one as A, and with the worse one as A
+    verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
     ref_logps: tuple | None = None  # of the better and the worse one under the reference
     seen: tuple | None = None  # by the update, before its step: loss, reward of the better, of the worse
 
@@ -205,14 +197,14 @@ JUDGE_FRAME = "Which response is better, A or B?\n\nPrompt:\n{prompt}\n\nA:\n{a}
 def framed(tokenizer, prompt):
     """A prompt as the model reads it: by its chat template, or else as text, messages as in HH."""
     if tokenizer.chat_template:
-        messages = [turn | {"content": plain(tokenizer, turn["content"])} for turn in as_messages(prompt)]
+        messages = [one | {"content": plain(tokenizer, one["content"])} for one in as_messages(prompt)]
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     text = prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:"
     return plain(tokenizer, text)
 
 
 def encode(tokenizer, texts):
-    """Framed texts -> ids. BOS comes from the chat template, or where the tokenizer itself puts one."""
+    """Framed texts -> ids. A chat template writes BOS itself; else it is added if need be."""
     rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     if not tokenizer.chat_template and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
         rows = [[tokenizer.bos_token_id] + ids for ids in rows]
@@ -230,7 +222,7 @@ def encode_responses(tokenizer, prompts, responses, limit):
     for prompt, response in zip(prompts, responses):
         head, tail = framed(tokenizer, prompt), plain(tokenizer, response)
         if not head[-1].isspace():
-            tail = " " + tail
+            tail = " " + tail  # "Assistant:" and " Hi"
         head_ids, both_ids = encode(tokenizer, [head, head + tail])
         ids = both_ids[len(head_ids):]  # read off the whole: encodings do not add up
         if both_ids[: len(head_ids)] != head_ids:  # the texts were merged where they meet
@@ -245,30 +237,29 @@ def quoted(text):
 
 
 def judge_question(tokenizer, prompt, a, b, end):
-    """The framed text whose next token is the verdict, "A" or "B"; `end` is of verdict_format."""
+    """The framed text whose next token is the verdict, "A" or "B"; verdict_format gives `end`."""
     question = JUDGE_FRAME.format(prompt=quoted(transcript(prompt)), a=quoted(a), b=quoted(b))
     return framed(tokenizer, question + end)
 
 
 @functools.lru_cache(maxsize=4)
 def verdict_format(tokenizer):
-    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop.
-
-    A letter encoded by itself may get another id, so both are read off the end of a whole question:
-    after a space ("Better: A"), or on a new line, or at once. Each must add one token to it."""
+    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop. A
+    letter encoded by itself may get another id, so both are read off the end of a whole question: after
+    a space ("Better: A"), or on a new line, or at once. Each must add one token to it."""
     for end, gap in (("", " "), ("\n", ""), ("", "")):
         text = judge_question(tokenizer, "p", "x", "y", end)
-        if text[-1].isspace():
+        if text[-1].isspace():  # so the chat template ends
             gap = ""
-        head, a, b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
-        if a[:-1] == b[:-1] == head and a[-1] != b[-1]:
-            return end, a[-1], b[-1]
-    raise Stop("This tokenizer never makes the verdicts A and B one token each at the end of the judge's "
-               f"question ({text[-20:]!r}): change the end of JUDGE_FRAME in osp.py.")
+        head, with_a, with_b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
+        if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
+            return end, with_a[-1], with_b[-1]
+    raise Stop("This tokenizer never makes one token each of the verdicts A and B after the judge's "
+               "question: change the end of JUDGE_FRAME in osp.py.")
 
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
-    """N questions to the judge as ids; where one has over `limit`, its responses are cut short."""
+    """N questions to the judge as ids; where one has over `limit`, the ends of its responses go."""
     end, _, _ = verdict_format(tokenizer)
     rows = list(zip(prompts, shown_as_a, shown_as_b))
     questions = encode(tokenizer, [judge_question(tokenizer, *row, end) for row in rows])
@@ -280,71 +271,68 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 
 
 # 4. Log-probabilities of responses ----------------------------------------------------------------
-def padded(prompt_ids: list[Ids], response_ids: list[Ids], device, pad: int = 0) -> tuple[Tensor, Tensor]:
-    """N prompts padded on the left and N responses on the right, so that all meet at one column. The mask
-    goes by position and never by id, so any id will do for padding.
-
-    [1 2 3], [4] and [5], [6 7] -> ids [[1 2 3 5 .], [. . 4 6 7]], mask [[1 1 1 1 0], [0 0 1 1 1]]."""
+def padded(prompt_ids: list[Ids], response_ids: list[Ids], device, pad=0) -> tuple[Tensor, Tensor]:
+    """N prompts padded on the left and N responses on the right, so that all meet at one column.
+    The mask goes by position and never by id, so any id will do for padding.
+    Prompts [1 2 3], [4], responses [5], [6 7] -> ids [[1 2 3 5 .], [. . 4 6 7]] and
+    mask [[1 1 1 1 0], [0 0 1 1 1]]."""
     halves = []
     for rows, side in ((prompt_ids, "left"), (response_ids, "right")):
         rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
-        halves.append(pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side))
+        halves.append(nn.utils.rnn.pad_sequence(
+            rows, batch_first=True, padding_value=-1, padding_side=side))
     ids = torch.cat(halves, 1).to(device)
     return ids.where(ids >= 0, pad), (ids >= 0).long()
 
 
-def forward(model, ids: Tensor, mask: Tensor, keep: int = 0, cache=None) -> Tensor:
-    """Logits after the last `keep` (0: all) of ids (N, T). `mask` covers them and what is cached; positions
-    skip its padding, wherever it stands."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]
+def forward(model, ids, mask, keep=0, cache=None):
+    """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all). The mask
+    covers what is cached, too."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # they skip all padding
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                  use_cache=cache is not None, logits_to_keep=keep).logits
 
 
 def prefill(model, prompt_ids):
-    """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T).
-
-    Equal prompts are computed once; the gradients of all that continue them go back through the one."""
-    distinct = [list(ids) for ids in dict.fromkeys(map(tuple, prompt_ids))]
+    """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T). Equal
+    prompts are computed once; all responses to one send their gradients through that computation."""
+    distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
     ids, mask = padded(distinct, [[]] * len(distinct), model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
-    rows = torch.tensor([distinct.index(ids) for ids in prompt_ids], device=model.device)
-    cache.batch_select_indices(rows)
+    rows = torch.tensor([distinct.index(tuple(ids)) for ids in prompt_ids], device=model.device)
+    cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
     return cache, logits[rows], mask[rows]
 
 
-def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad: int = 0,
-                share_prompts: bool = False) -> Tensor:
+def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad=0, share=False) -> Tensor:
     """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
-
-    Logits are made at the responses' positions only. `share_prompts` computes equal prompts once."""
+    Logits are made at the responses' positions only. `share` computes equal prompts once."""
     ids, mask = padded(prompt_ids, response_ids, model.device, pad)
     T = max(map(len, response_ids))
-    start = ids.shape[1] - T
-    if share_prompts:
-        end = start + max(T - 1, 1)  # one column at least: all processes make equally many passes
+    left = ids.shape[1] - T  # columns of the prompts
+    if share:
+        end = left + max(T - 1, 1)  # one column at least: all processes make equally many passes
         cache, first, _ = prefill(model, prompt_ids)
-        rest = forward(model, ids[:, start:end], mask[:, :end], 0, cache)
+        rest = forward(model, ids[:, left:end], mask[:, :end], 0, cache)
         logits = torch.cat([first[:, None], rest], 1)[:, :T]
     else:
-        logits = forward(model, ids, mask, T + 1)[:, :-1]
-    logps = logits.float().log_softmax(-1).gather(-1, ids[:, start:, None])[:, :, 0]
-    return logps.where(mask[:, start:].bool(), 0.0)
+        logits = forward(model, ids, mask, T + 1)[:, :-1]  # column t predicts column t + 1
+    logps = logits.float().log_softmax(-1).gather(-1, ids[:, left:, None])[:, :, 0]
+    return logps.where(mask[:, left:].bool(), 0.0)
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], pad_token_id: int = 0,
                    micro_batch_size: int = 8) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
-
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
-    share = not (model.training and model.is_activation_checkpointing)  # which keeps no cache
+    share = not (model.training and model.is_activation_checkpointing)  # it allows no cache
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     sums = [torch.zeros(0, device=model.device)]
     for part in chunks(order, micro_batch_size):
         prompts, responses = [prompt_ids[i] for i in part], [response_ids[i] for i in part]
         sums.append(token_logps(model, prompts, responses, pad_token_id, share).sum(-1))
-    return torch.cat(sums)[torch.tensor(order, dtype=torch.long).argsort()]
+    return torch.cat(sums)[torch.tensor(order, dtype=torch.long).argsort()]  # in the order asked
 
 
 # 5. Supervised fine-tuning with the judging task: makes pi_SFT ------------------------------------
@@ -354,14 +342,14 @@ EASY_STEPS, EASY_ROWS = 0.3, 0.25  # a curriculum: 30% of the steps see the shor
 def supervised_tasks(models, batch, args):
     """(prompt, chosen, rejected)s -> both tasks' prompts and targets as ids; the loss is on the targets.
 
-    respond: the chosen responses; a third of them, for responding is learned long before judging.
+    respond: the chosen responses. A third is enough: responding is learned long before judging.
     judge: the right verdict on each pair, in both orders. Reconstruction: the third, both orders, and
     the loss on the verdict alone."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
     some = prompts[: math.ceil(len(batch) / 3)]
     responses = encode_responses(tokenizer, some, chosen, args.max_new_tokens)
     questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
-                                 context_length(models.policy))
+                                 context_length(models.policy) - 1)  # room for the verdict
     _, a, b = verdict_format(tokenizer)
     verdicts = [[a]] * len(batch) + [[b]] * len(batch)
     return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
@@ -371,8 +359,8 @@ def supervised_backward(model, prompt_ids, target_ids, args):
     """Adds the gradient of one task's mean loss over all target tokens; returns that loss."""
     tokens, losses = sum(map(len, target_ids)), []
     order = sorted(range(len(prompt_ids)), key=lambda i: len(prompt_ids[i]))
-    for part, weight in own_micro_batches(order, args.micro_batch_size):
-        with precision(model, args):
+    for part, weight in own_micro_batches(order, args.micro_batch_size):  # weight: 1 in one process
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             logps = token_logps(model, [prompt_ids[i] for i in part], [target_ids[i] for i in part])
         loss = -logps.sum() / tokens
         (weight * loss).backward()
@@ -381,7 +369,7 @@ def supervised_backward(model, prompt_ids, target_ids, args):
 
 
 def supervised_finetune(models, pairs, args):
-    """Makes the policy pi_SFT: trains it on (prompt, chosen, rejected)s, on the sum of both tasks' losses."""
+    """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses."""
     start_training(models, args.sft_learning_rate, args.sft_max_steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
     easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
@@ -389,9 +377,8 @@ def supervised_finetune(models, pairs, args):
         models.policy.train()
         allowed = easy if step < args.sft_max_steps * EASY_STEPS else by_size
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
-        losses = {}
-        for task, ids in supervised_tasks(models, batch, args).items():
-            losses[task] = supervised_backward(models.policy, *ids, args)
+        tasks = supervised_tasks(models, batch, args)
+        losses = {task: supervised_backward(models.policy, *ids, args) for task, ids in tasks.items()}
         optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
         show(", ".join(f"{task} {loss:.3f}" for task, loss in losses.items()))
 
@@ -400,21 +387,19 @@ def supervised_finetune(models, pairs, args):
 SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fit than in an update
 
 
-def sampling_noise(seed: int, step: int, index: int, k: int, length: int) -> np.ndarray:
+def sampling_noise(seed, step, index, k, length):
     """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process."""
     return np.random.default_rng((seed, step, index, k)).random(length)
 
 
 @torch.no_grad()
-def sample(model, prompt_ids: list[Ids], noise: Tensor, temperature: float, stop_ids: Ids) -> list[Ids]:
+def sample(model, prompt_ids, noise, temperature, stop_ids):
     """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
-
-    On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. Each
-    token is the inverse of the distribution function at its noise, so no row depends on its batch."""
-    model.eval()
+    On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
+    token is the first whose cumulative probability exceeds its noise, so no row depends on its batch."""
     cache, logits, mask = prefill(model, prompt_ids)
     noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
-    ended = torch.zeros(len(noise), dtype=torch.bool, device=model.device)
+    ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
     for uniform in noise.T:
         cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
@@ -424,23 +409,23 @@ def sample(model, prompt_ids: list[Ids], noise: Tensor, temperature: float, stop
         ended |= torch.isin(token[:, 0], stops)
         if ended.all() or len(tokens) == noise.shape[1]:
             break
-        mask = F.pad(mask, (0, 1), value=1)
+        mask = nn.functional.pad(mask, (0, 1), value=1)
         logits = forward(model, token, mask, 1, cache)[:, -1]
     return [ids[:length] for ids, length in zip(torch.cat(tokens, 1).tolist(), lengths.tolist())]
 
 
-def respond(model, tokenizer, rows, ks, step, args):
-    """The responses of `model` with the numbers `ks`, to which their noise belongs, to each row."""
+def respond(model, tokenizer, rows, ks, step, args, source="policy"):
+    """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
     stops, ids = stop_token_ids(model, tokenizer), []
-    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])
-    asked = [(row.index, prompt, k) for row, prompt in zip(rows, prompts) for k in ks]
+    prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
+    asked = [(prompt, sampling_noise(args.seed, step, row.index, k, args.max_new_tokens))
+             for row, prompt in zip(rows, prompts) for k in ks]
     with inference(model, args) as model:
         for part in chunks(asked, SAMPLING_BATCH_SIZE):
-            noise = [sampling_noise(args.seed, step, index, k, args.max_new_tokens) for index, _, k in part]
-            prompts = [prompt for _, prompt, _ in part]
-            ids += sample(model, prompts, torch.tensor(np.array(noise)), args.temperature, stops)
+            some, noise = zip(*part)
+            ids += sample(model, some, torch.tensor(np.array(noise)), args.temperature, stops)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return chunks([Candidate(one, text.strip()) for one, text in zip(ids, texts)], len(ks))
+    return chunks([Candidate(one, text.strip(), source) for one, text in zip(ids, texts)], len(ks))
 
 
 def sample_policy(models, rows, step, args):
@@ -450,11 +435,10 @@ def sample_policy(models, rows, step, args):
 
 # 7. Rank against one baseline, and pair -----------------------------------------------------------
 def ranking_scores(models, rows, candidates, args):
-    """Each prompt's candidates -> their scores 1 - P(A), each as B beside the prompt's first one as A.
-
-    K questions, not K^2. Source: the surveys' account of OSP's ranked pairing. Reconstruction: the first
-    as baseline, which being on-policy keeps the comparisons informative; one order only, since the
-    judge's liking for A or B is the same in all K and leaves their order as it is."""
+    """Each prompt's candidates -> their scores 1 - Pr(A), where A is the prompt's first candidate and B
+    the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges
+    describe OSP's ranking so. Reconstruction: the first is the baseline, since a response of the present
+    policy stays comparable; only one order is asked, since a liking for A is much the same in all K."""
     texts = []
     for row, found in zip(rows, candidates):
         texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
@@ -466,7 +450,6 @@ def ranking_scores(models, rows, candidates, args):
 
 def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
     """K scores of one prompt's responses -> K//2 pairs (better, worse): best with worst, then inwards.
-
     [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order.
     Source: the paper for K//2. Reconstruction: which; they range from a landslide to a near tie."""
     order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
@@ -475,11 +458,9 @@ def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
 
 # 8. Judge: the frozen SFT model says how strongly it prefers one response to another --------------
 @torch.no_grad()
-def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, micro_batch_size=8) -> list[float]:
-    """N questions -> P(A) of each: softmax over the logits of the two verdict tokens that may follow.
-
-    Equal questions are asked once. What a prompt's questions have in common at their beginning, their head, is
-    computed once for all of them."""
+def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, micro_batch_size=8):
+    """N questions -> Pr(A) of each: softmax over the logits of the two verdict tokens that may follow.
+    Equal questions are asked once. The head that a prompt's questions share is computed once."""
     judge.eval()
     _, a, b = verdict_format(tokenizer)
     questions = encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, context_length(judge))
@@ -487,36 +468,37 @@ def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, mic
     for prompt, ids in zip(prompts, questions):
         of_prompt.setdefault(transcript(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
-        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))
-        rows += [(list(ids[:shared]), list(ids[shared:])) for ids in group]
+        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail of one or more
+        rows += [(ids[:shared], ids[shared:]) for ids in group]
     for part in chunks(sorted(rows, key=lambda row: (len(row[0]), row)), micro_batch_size):
         heads, tails = zip(*part)
         cache, _, mask = prefill(judge, heads)
-        ids, tail_mask = padded(tails, [[]] * len(part), judge.device)
+        ids, tail_mask = padded(tails, [[]] * len(part), judge.device)  # on the left: verdicts meet
         logits = forward(judge, ids, torch.cat([mask, tail_mask], 1), 1, cache)[:, -1, [a, b]]
         for (head, tail), p in zip(part, logits.float().softmax(-1)[:, 0].tolist()):
-            p_a[tuple(head + tail)] = p
+            p_a[head + tail] = p
     if any(map(math.isnan, p_a.values())):
         raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
     return [p_a[tuple(ids)] for ids in questions]
 
 
-def both_orders(judge, tokenizer, prompts, ones, twos, micro_batch_size=8) -> tuple[Tensor, Tensor]:
-    """P pairs of texts -> P(A) with response 1 shown as A, and with response 2 shown as A, (P,) each."""
-    p_a = verdict_probabilities(judge, tokenizer, prompts * 2, ones + twos, twos + ones, micro_batch_size)
+def both_orders(judge, tokenizer, prompts, responses_1, responses_2, micro_batch_size=8):
+    """P pairs of texts -> Pr(A) with response 1 as A, and Pr(A) with response 2 as A, (P,) each."""
+    texts = prompts * 2, responses_1 + responses_2, responses_2 + responses_1
+    p_a = verdict_probabilities(judge, tokenizer, *texts, micro_batch_size)
     return torch.tensor(p_a[: len(prompts)]), torch.tensor(p_a[len(prompts):])
 
 
 def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
-    """(P,), (P,) -> (P,): the mean of both orders, in the form that gives equal texts exactly 1/2."""
+    """(P,), (P,) -> (P,): the mean of both orders. In this form, brackets included, equal texts give
+    exactly 1/2 in floating point. Reconstruction."""
     return (p_12 + (1 - p_21)) / 2
 
 
 def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
                         responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1.
-
-    Source: the paper for the probability of a verdict. Reconstruction: the average of both orders."""
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1. Source: the
+    paper for the probability of a verdict. Reconstruction: the average of both orders."""
     verdicts = both_orders(model, tokenizer, prompts, responses_1, responses_2, micro_batch_size)
     return averaged_strength(*verdicts)
 
@@ -538,7 +520,7 @@ def judge_pairs(models, pairs, args):
 
 # 9. The SPCE loss ---------------------------------------------------------------------------------
 def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
-    """Soft-preference cross-entropy: rewards and strengths p(1 > 2), (P,) each -> losses (P,), unreduced.
+    """Soft-preference cross-entropy: rewards and strengths p(1 > 2), (P,) each -> losses (P,).
 
         h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
 
@@ -546,36 +528,36 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
     name and purpose. Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and
     the policy's Bernoulli(sigmoid(h))."""
     h = reward_1 - reward_2
-    return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
+    return -(strength * nn.functional.logsigmoid(h) + (1 - strength) * nn.functional.logsigmoid(-h))
 
 
 # 10. Update: one optimiser step on all parameters -------------------------------------------------
 def start_training(models, learning_rate, steps, args):
-    """AdamW over all parameters without weight decay, and a schedule of transformers by its name."""
-    weights, warmup = models.policy.parameters(), args.warmup_steps
+    """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
+    weights are fp32 even with --bf16, which would round small updates away."""
+    weights, warmup, schedule = models.policy.parameters(), args.warmup_steps, args.lr_scheduler_type
     if warmup < 1:
         warmup = math.ceil(warmup * steps)
     models.optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    models.scheduler = transformers.get_scheduler(args.lr_scheduler_type, models.optimizer, int(warmup), steps)
+    models.scheduler = transformers.get_scheduler(schedule, models.optimizer, int(warmup), steps)
 
 
 def optimizer_step(models, loss, where, args):
-    """Clips, steps, forgets the gradients; returns their norm before. Raises Stop before a NaN is written."""
-    grad_norm = torch.nn.utils.clip_grad_norm_(models.policy.parameters(), args.max_grad_norm)
-    grad_norm = whole(grad_norm).item()
+    """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop on NaN."""
+    weights = models.policy.parameters()
+    grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Stop(f"{where}: the loss is {loss} and the gradient norm {grad_norm}, so the weights were left "
-                   "as they were: lower the learning rate, or go on from the last checkpoint with "
-                   "--resume_from_checkpoint latest.", code=1)
+        raise Stop(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
+                   "lower the learning rate, or go back with --resume_from_checkpoint latest.", code=1)
     models.optimizer.step()
     models.scheduler.step()
     models.optimizer.zero_grad()
     return grad_norm
 
 
-def step_indices(n: int, size: int, step: int, seed: int) -> list[int]:
-    """The rows of a step: every epoch is a new order of all n, its last step may be smaller. A function of
-    the step alone, so that a resumed run needs no other data position."""
+def step_indices(n, size, step, seed):
+    """The numbers of a step's rows. Each epoch has a new order; its last step may be smaller. They are a
+    function of the step alone, so a resumed run needs no saved position in the data."""
     epoch, position = divmod(step, math.ceil(n / size))
     order = np.random.default_rng((seed, epoch)).permutation(n)
     return order[position * size : (position + 1) * size].tolist()
@@ -588,20 +570,19 @@ def prompts_and_responses(pairs):
 
 
 def update(models, pairs, method, step, args):
-    """One optimiser step on the mean loss over all P pairs, however they are cut into micro-batches. Notes on
-    each pair what it saw."""
+    """One optimiser step on the mean loss over all P pairs. Notes on each pair what it saw."""
     policy, seen = models.policy.train(), []
     for part, weight in own_micro_batches(pairs, max(1, args.micro_batch_size // 2)):
         strength = torch.tensor([pair.strength for pair in part], device=policy.device)
         ref_logps = torch.tensor([pair.ref_logps for pair in part], device=policy.device).T
-        with precision(policy, args):
+        with torch.autocast(policy.device.type, torch.bfloat16, enabled=args.bf16):
             logps = response_logps(policy, *prompts_and_responses(part), micro_batch_size=2 * len(part))
         reward_1, reward_2 = args.beta * (logps.reshape(2, -1) - ref_logps)
         losses = method.loss(reward_1, reward_2, strength)
         (weight * losses.sum() / len(pairs)).backward()
         if weight:
             seen.append(torch.stack([losses, reward_1, reward_2], 1).tolist())
-    for pair, pair_seen in zip(pairs, sum(collected(seen), [])):
+    for pair, pair_seen in zip(pairs, sum(collected(seen), [])):  # of all processes, in order
         pair.seen = pair_seen
     loss, rate = sum(pair.seen[0] for pair in pairs) / len(pairs), models.scheduler.get_last_lr()[0]
     return {"learning_rate": rate, "grad_norm": optimizer_step(models, loss, f"step {step + 1}", args)}
@@ -609,8 +590,7 @@ def update(models, pairs, method, step, args):
 
 # 11. One step, the whole run, and the table of stages ---------------------------------------------
 def make_pairs(models, rows, method, step, args, seconds):
-    """A step before its update: each row's candidates, and all pairs. Those that end without strength are
-    dropped: the identical ones, and those that the method does not want."""
+    """A step before its update: each row's candidates, and all pairs; those to drop have no strength."""
     rows = own_share(rows)
     with timed(seconds, "sample"):
         candidates = method.sample(models, rows, step, args)
@@ -622,14 +602,14 @@ def make_pairs(models, rows, method, step, args, seconds):
             candidate.score = score
         pairs.append([Pair(row, found[i], found[j]) for i, j in method.pair(row_scores)])
     with timed(seconds, "judge"):
-        different = [pair for pair in itertools.chain(*pairs) if pair.better.ids != pair.worse.ids]
+        different = [pair for pair in sum(pairs, []) if pair.better.ids != pair.worse.ids]
         for pair, strength in zip(different, method.strength(models, different, args)):
             pair.strength = strength
     with timed(seconds, "reference"):
         logps = frozen_logps(models.reference, *prompts_and_responses(different), args)
         for pair, pair_logps in zip(different, logps.reshape(2, -1).T.tolist()):
             pair.ref_logps = pair_logps
-    return collected(candidates), list(itertools.chain(*collected(pairs)))
+    return collected(candidates), sum(collected(pairs), [])
 
 
 def train_step(models, rows, method, step, args):
@@ -641,7 +621,8 @@ def train_step(models, rows, method, step, args):
         with timed(seconds, "update"):
             figures = update(models, kept, method, step, args)
     method.after_step(models, step, args)
-    metrics = {"step": step + 1} | step_figures(models, candidates, pairs, method, args) | figures | seconds
+    metrics = {"step": step + 1} | step_figures(models, candidates, pairs, method, args)
+    metrics |= figures | seconds
     tokens = metrics["response_tokens"] * sum(map(len, candidates))
     return metrics | {"tokens_per_second": tokens / sum(seconds.values())}, candidates, pairs
 
@@ -652,11 +633,12 @@ def train(models, data, method, args, seconds):
     if args.max_steps >= 0:
         steps = min(steps, args.max_steps)
     start_training(models, args.learning_rate, steps, args)
-    add_start_responses(models, data.held_out + data.ood, args)
+    add_responses(models, "start", 0, data.held_out + data.ood, args)
     evaluation = None
     with timed(seconds, "train"):
         for step, show in resumable_steps("checkpoint", steps, models, args):
-            rows = [data.rows[i] for i in step_indices(len(data.rows), args.prompts_per_step, step, args.seed)]
+            indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
+            rows = [data.rows[i] for i in indices]
             metrics, candidates, pairs = train_step(models, rows, method, step, args)
             if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
                 evaluation = evaluate(models, data.held_out, data.gold, args)
@@ -671,8 +653,7 @@ def train(models, data, method, args, seconds):
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """The stages; the defaults are OSP. A variant replaces some: dataclasses.replace(Method(), loss=...)."""
-
+    """The stages; the defaults are OSP. A variant replaces some, as in Method(loss=...)."""
     sample: Callable = sample_policy  # models, rows, step, args -> candidates of each row
     score: Callable = ranking_scores  # models, rows, candidates, args -> scores of each row's candidates
     pair: Callable = ranked_pairs  # scores of one row -> pairs of indices (better, worse)
@@ -684,7 +665,7 @@ class Method:
     run: Callable = train  # what is done with the models
 
 
-METHODS: dict[str, Callable] = {"osp": lambda args: Method()}  # name -> what makes it from the arguments
+METHODS = {"osp": lambda args: Method()}  # name -> what makes it from the arguments
 
 
 def main(argv: list[str] | None = None) -> dict:
@@ -692,44 +673,45 @@ def main(argv: list[str] | None = None) -> dict:
     seconds = {"seconds_sft": 0.0}
     start_process()
     args = parse_arguments(argv)
-    start, resumed = open_run(args)
-    policy, tokenizer = load_model(start, args)
+    path, resumed = open_run(args)
+    policy, tokenizer = load_model(path, args)
     eval_judge = frozen(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
     method = METHODS[args.method](args)
     data = load_data(policy, tokenizer, eval_judge, args)
     begin_run(resumed, args)  # all input was checked: from here on files are written
 
     models = Models(tokenizer, placed(policy, args))
-    if data.sft_pairs and start == args.model_name_or_path:
+    if data.sft_pairs and path == args.model_name_or_path:  # else SFT was done before
         with timed(seconds, "sft"):
             supervised_finetune(models, data.sft_pairs, args)
-            start = save_sft(models, args)
-    models.start, _ = frozen(start, args)  # pi_SFT
+            path = save_sft(models, args)
+    models.start, _ = frozen(path, args)  # pi_SFT
     models.judge = models.reference = models.start
     if method.moves_reference:
-        models.reference, _ = frozen(start, args)
+        models.reference, _ = frozen(path, args)
     models.eval_judge = eval_judge or (models.start, tokenizer)
     return method.run(models, data, method, args, seconds)
 
 
-# ==================================================================================================
-# Part II: what makes it practical. A reader of the method may stop here.
-# ==================================================================================================
+# Part II: what makes it practical. A reader of the method may stop here. ==========================
 # 12. The command line -----------------------------------------------------------------------------
 BUILTIN = {
     "max_new_tokens": 16, "micro_batch_size": 96, "sft_learning_rate": 3e-3, "sft_batch_size": 48,
-    "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13, "reference_steps": 39}
+    "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13,
+    "reference_steps": 39}
 LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "num_generations": 2}
 
 
 def parse_arguments(argv):
     """The command line as Arguments, checked. Raises Stop."""
-    own = " ".join(f"--{name} {value}" for name, value in BUILTIN.items())
-    parser = HfArgumentParser(Arguments, allow_abbrev=False, epilog=f"Defaults of the built-in task: {own}")
+    own = "".join(f" --{name} {value}" for name, value in BUILTIN.items())
+    own = "Defaults of the built-in task:" + own
+    parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
     helps = dict(re.findall(r"^    (\w+): .*  # (.+)", inspect.getsource(Arguments), re.M))
     for action in parser._actions:
         action.help = helps.get(action.dest, action.help)
     parser.error = refuse
+    parser._option_string_actions["--method"].choices = METHODS
     parser._negative_number_matcher = re.compile(r"-[\d.]")  # else -1e-5 passes for an option
     if parser.parse_known_args(argv)[0].model_name_or_path is None:
         parser.set_defaults(**BUILTIN)
@@ -739,15 +721,11 @@ def parse_arguments(argv):
         refuse(f"{unknown[0]} is no argument; the nearest one is {near[0]}")
     args = Arguments(**vars(values))
     for name, value in vars(args).items():
-        least = LEAST.get(name, 1e-12)
-        if type(value) in (int, float) and not least <= value < 2**32:
-            refuse(f"--{name} is {value}: it must be {'above 0' if least == 1e-12 else f'at least {least}'}")
-    if args.method not in METHODS:
-        refuse(f"--method is {args.method!r}: it must be one of {', '.join(METHODS)}")
+        bound = f"at least {LEAST[name]}" if name in LEAST else "above 0"
+        if type(value) in (int, float) and not LEAST.get(name, 1e-12) <= value < 2**32:
+            refuse(f"--{name} is {value}: it must be {bound}")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
-    if args.resume_from_checkpoint not in (None, "latest"):
-        refuse(f"--resume_from_checkpoint is {args.resume_from_checkpoint!r}: give latest, or leave it out")
     try:
         args.chat_template_kwargs = dict(json.loads(args.chat_template_kwargs))
     except (ValueError, TypeError) as error:
@@ -772,9 +750,9 @@ def cause(error):
 
 # 13. Evaluate and report --------------------------------------------------------------------------
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
-REPORT = [
-    "gold_reward", "win_rate_vs_sft", "win_rate_vs_sft_se", "ood_win_rate_vs_sft", "kl", "response_tokens",
-    "cut_fraction", "distinct_fraction", "judge_accuracy", "judge_calibration_error", "judge_ece", "order_agreement"]
+REPORT = (
+    "gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens cut_fraction "
+    "distinct_fraction judge_accuracy judge_calibration_error judge_ece order_agreement").split()
 
 
 def means(**columns):
@@ -784,59 +762,60 @@ def means(**columns):
 
 def described(models, responses):
     """What responses are like; `cut_fraction` is the share that --max_new_tokens cut off."""
-    stops, ids = stop_token_ids(models.policy, models.tokenizer), [tuple(response.ids) for response in responses]
-    return means(response_tokens=[len(one) for one in ids], cut_fraction=[one[-1] not in stops for one in ids],
+    stops, ids = stop_token_ids(models.policy, models.tokenizer), [tuple(one.ids) for one in responses]
+    return means(response_tokens=[*map(len, ids)], cut_fraction=[one[-1] not in stops for one in ids],
                  distinct_fraction=[len(set(ids)) / len(ids)])
 
 
-def add_start_responses(models, rows, args):
-    """Notes on each row the response of pi_SFT that the policy's will be compared with."""
-    found = collected(respond(models.start, models.tokenizer, own_share(rows), [0], EVALUATION, args))
-    for row, responses in zip(rows, found):
-        row.start = responses[0]
+def add_responses(models, role, k, rows, args):
+    """Notes on each row the response of this role, "start" or "policy", for evaluation to compare."""
+    found = respond(getattr(models, role), models.tokenizer, own_share(rows), [k], EVALUATION, args)
+    for row, [response] in zip(rows, collected(found)):
+        setattr(row, role, response)
 
 
 def evaluate(models, rows, gold, args):
     """The policy against pi_SFT, one response to each row; the README says what the figures are."""
+    add_responses(models, "policy", 1, rows, args)
     own, golds = own_share(rows), []
-    after = [found[0] for found in respond(models.policy, models.tokenizer, own, [1], EVALUATION, args)]
-    ids = [row.ids for row in own], [response.ids for response in after]
+    ids = [row.ids for row in own], [row.policy.ids for row in own]
     kl = frozen_logps(models.policy, *ids, args) - frozen_logps(models.start, *ids, args)
-    texts = [(row.prompt, response.text, row.start.text) for row, response in zip(own, after)]
+    texts = [(row.prompt, row.policy.text, row.start.text) for row in own]
     if gold:
         golds = [gold(prompt, ours) for prompt, ours, _ in texts]
-        wins = [(1 + np.sign(ours - gold(prompt, old))) / 2 for ours, (prompt, _, old) in zip(golds, texts)]
+        wins = [(1 + np.sign(true_strength(*text) - 0.5)) / 2 for text in texts]
     else:
         wins = averaged_strength(*ask_judge(*models.eval_judge, texts, args)).tolist()
-    after, kl, wins, golds = map(collected, (after, kl.tolist(), wins, golds))
-    figures = means(win_rate_vs_sft=wins, kl=kl, gold_reward=golds) | described(models, after)
+    kl, wins, golds = map(collected, (kl.tolist(), wins, golds))
+    figures = means(win_rate_vs_sft=wins, kl=kl, gold_reward=golds)
+    figures |= described(models, [row.policy for row in rows])
     return figures | {"win_rate_vs_sft_se": np.std(wins) / math.sqrt(len(wins))}
 
 
 def judge_figures(models, texts, gold, args):
-    """The judge on (prompt, chosen, rejected)s: against the truth if it is known, else against the labels."""
+    """The judge on (prompt, chosen, rejected)s: against the truth if it is known, else the labels."""
     verdicts = ask_judge(models.judge, models.tokenizer, own_share(texts), args)
-    p_12, p_21 = torch.tensor(collected(torch.stack(verdicts, 1).tolist())).T
+    p_12, p_21 = [torch.tensor(collected(p_a.tolist())) for p_a in verdicts]
     strength = averaged_strength(p_12, p_21)
     truth = torch.tensor([true_strength(*text) if gold else 1.0 for text in texts])
-    right = same_side(strength, truth)
-    figures = means(judge_accuracy=right[truth != 0.5], order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21])
+    right, agree = same_side(strength, truth), same_side(p_12, 1 - p_21)[p_12 != p_21]
+    figures = means(judge_accuracy=right[truth != 0.5], order_agreement=agree)
     figures["judge_pairs"] = len(texts)
     if gold:
         return figures | means(judge_calibration_error=(strength - truth).abs())
-    return figures | {"judge_ece": expected_calibration_error(torch.maximum(strength, 1 - strength), right)}
+    confidence = torch.maximum(strength, 1 - strength)
+    return figures | {"judge_ece": expected_calibration_error(confidence, right)}
 
 
-def same_side(one: Tensor, two: Tensor) -> Tensor:
+def same_side(one, two):
     """(P,), (P,) -> (P,): 1 where both are on one side of 1/2, 0 where not, 1/2 where one is a tie."""
     return (1 + (one - 0.5).sign() * (two - 0.5).sign()) / 2
 
 
-def expected_calibration_error(confidence: Tensor, right: Tensor, bins: int = 10) -> float:
-    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap over bins, by their size."""
+def expected_calibration_error(confidence, right, bins=10):
+    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap over bins, by size."""
     which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins).index_add(0, which, confidence - right)
-    return gaps.abs().sum().item() / len(confidence)
+    return which.bincount(confidence - right).abs().sum().item() / len(confidence)
 
 
 def step_figures(models, candidates, pairs, method, args):
@@ -844,7 +823,8 @@ def step_figures(models, candidates, pairs, method, args):
     kept = [pair for pair in pairs if pair.strength is not None]
     identical = sum(pair.better.ids == pair.worse.ids for pair in pairs)
     p_12, p_21 = torch.tensor([pair.verdicts for pair in pairs if pair.verdicts]).reshape(-1, 2).T
-    figures = means(order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21]) | described(models, sum(candidates, []))
+    figures = means(order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21])
+    figures |= described(models, sum(candidates, []))
     figures |= {"pairs": len(kept), "dropped_identical_pairs": identical,
                 "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
     if kept:
@@ -853,7 +833,8 @@ def step_figures(models, candidates, pairs, method, args):
         agree = same_side(torch.sigmoid(margin), strength)
         figures |= means(loss=losses, strength_mean=strength, margin=margin, margin_accuracy=agree,
                          kl=(reward_1 + reward_2) / 2 / args.beta)
-        figures |= {"strength_std": strength.std(correction=0).item()} | method.figures(kept, reward_1, reward_2)
+        figures["strength_std"] = strength.std(correction=0).item()
+        figures |= method.figures(kept, reward_1, reward_2)
     return figures
 
 
@@ -868,7 +849,7 @@ def timed(seconds, stage):
 
 
 def log_step(metrics, show, args):
-    """One line of metrics.jsonl, and the figures that matter on the progress bar."""
+    """Adds a step's line to metrics.jsonl, and shows the figures that matter on the progress bar."""
     if RANK == 0:
         with (args.output_dir / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
@@ -877,29 +858,28 @@ def log_step(metrics, show, args):
 
 
 def write_samples(step, rows, candidates, pairs, args):
-    """Adds a step's first three prompts to samples.md; sections of later steps, from before a resume, go."""
-    path = args.output_dir / "samples.md"
-    title, *sections = (path.read_text("utf-8") if path.exists() else "# Samples\n").split("\n## Step ")
-    sections = [section for section in sections if int(section.split()[0]) < step] + [f"{step}\n"]
+    """Adds a step's first three prompts to samples.md; what a broken run wrote of it and later goes."""
+    path, heading = args.output_dir / "samples.md", f"\n## Step {step}\n"
+    text = path.read_text("utf-8") if path.exists() else "# Samples\n"
+    text = text.partition(heading)[0] + heading
     for row, found in list(zip(rows, candidates))[:3]:
-        sections[-1] += f"\n{quoted(transcript(row.prompt))}\n\n"
+        text += f"\n{quoted(transcript(row.prompt))}\n\n"
         for one in sorted(found, key=lambda one: -one.score):
-            sections[-1] += f"* score {one.score:.3f}: {' '.join(one.text.split())}\n"
+            text += f"* score {one.score:.3f}: {' '.join(one.text.split())}\n"
         strengths = [str(pair.strength)[:5] for pair in pairs if pair.row.index == row.index]
-        sections[-1] += f"\nStrengths, from best over worst inwards: {', '.join(strengths)}\n"
-    write_text(path, "\n## Step ".join([title, *sections]))
+        text += f"\nStrengths, from best over worst inwards: {', '.join(strengths)}\n"
+    write_text(path, text)
 
 
 def draw_curves(lines, path):
     """The lines of metrics.jsonl -> curves.png."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
-
-    names = ["eval_win_rate_vs_sft", "eval_gold_reward", "eval_kl", "strength_mean", "margin", "response_tokens"]
+    names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
     figure = Figure(figsize=(11, 6), layout="constrained")
     for axes, name in zip(figure.subplots(2, 3).flat, names):
-        points = [(line["step"], line[name], line.get(name + "_se", 0.0)) for line in lines if name in line]
+        points = [(one["step"], one[name], one.get(name + "_se", 0.0)) for one in lines if name in one]
         axes.errorbar(*columns(points), marker=".")
-        axes.set(title=name.removeprefix("eval_").replace("_", " "), xlabel="step")
+        axes.set(title=name.replace("_", " "), xlabel="step")
         if "rate" in name or "strength" in name:
             axes.set(ylim=(0, 1))
     with written_whole(path) as scratch:
@@ -907,33 +887,36 @@ def draw_curves(lines, path):
 
 
 def report(summary, models, data, args):
-    """Measures what is measured once; writes curves.png, summary.json and a model card; prints a table."""
+    """Measures what is measured once; writes curves.png, summary.json, a model card; prints a table."""
+    output, method = args.output_dir, args.method.upper()
     for name, value in described(models, [row.start for row in data.held_out]).items():
         summary[name + "_sft"] = value
     if data.held_out_pairs:
         summary |= judge_figures(models, data.held_out_pairs, data.gold, args)
     if data.gold:
-        summary["gold_reward_sft"] = np.mean([data.gold(row.prompt, row.start.text) for row in data.held_out])
-        ood = evaluate(models, data.ood, data.gold, args) | judge_figures(models, data.ood_pairs, data.gold, args)
+        golds = [data.gold(row.prompt, row.start.text) for row in data.held_out]
+        ood = evaluate(models, data.ood, data.gold, args)
+        ood |= judge_figures(models, data.ood_pairs, data.gold, args)
+        summary["gold_reward_sft"] = np.mean(golds)
         summary |= {"ood_" + name: value for name, value in ood.items()}
-    lines = [json.loads(line) for line in (args.output_dir / "metrics.jsonl").read_text().splitlines()]
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
     for line in lines:
-        summary |= {name: line[name] for name in ("margin", "margin_accuracy") if name in line}
+        if line["pairs"]:
+            summary |= {"margin": line["margin"], "margin_accuracy": line["margin_accuracy"]}
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
                 "seed": args.seed, "self_judged": not (data.gold or args.eval_judge_name_or_path)}
-    table, method = report_table(summary, args.method.upper()), args.method.upper()
+    table = report_table(summary, method)
     print("\n" + table)
-    shown = respond(models.policy, models.tokenizer, data.held_out[:3], [1], EVALUATION, args)
-    for row, [response] in zip(data.held_out, shown):
-        print(f"{transcript(row.prompt)}\n  SFT: {row.start.text}\n  {method}: {response.text}\n")
-    print("{seconds_sft:.0f} s SFT, {seconds_train:.0f} s training. The model, metrics.jsonl, summary.json, "
-          "curves.png and samples.md are in {output}".format(**summary, output=args.output_dir))
+    for row in data.held_out[:3]:
+        print(f"{transcript(row.prompt)}\n  SFT: {row.start.text}\n  {method}: {row.policy.text}\n")
+    print("{seconds_sft:.0f} s SFT, {seconds_train:.0f} s training. The model, metrics.jsonl, "
+          "summary.json, curves.png and samples.md are in".format(**summary), output)
     if RANK == 0:
-        draw_curves(lines, args.output_dir / "curves.png")
-    write_text(args.output_dir / "README.md", f"# {args.output_dir.name}\n\n{args.model_name_or_path or 'A random model'} "
-               f"after {method} of osp.py with {args.dataset_name or 'the built-in task'}, seed {args.seed}.\n\n"
-               f"```\n{table}```\n")
-    write_text(args.output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
+        draw_curves(lines, output / "curves.png")
+    model, task = args.model_name_or_path or "A random model", args.dataset_name or "the built-in task"
+    card = f"{model} after {method} of osp.py with {task}, seed {args.seed}.\n\n```\n{table}```\n"
+    write_text(output / "README.md", f"# {output.name}\n\n{card}")
+    write_text(output / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     return summary
 
 
@@ -944,12 +927,12 @@ def report_table(summary, method):
         if name in summary:
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
-    table += "{held_out_prompts} held-out prompts; win rate self-judged: {self_judged}\n".format(**summary)
+    table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
     chance = 0.5 + 1 / math.sqrt(summary.get("judge_pairs", 1))  # two standard errors above 1/2
     if summary.get("judge_accuracy", 1.0) < chance:
-        table += "Warning: the judge is no better than chance. Train SFT longer, on more pairs, or change the model.\n"
+        table += "Warning: the judge is no better than chance. Take more SFT, pairs, or another model.\n"
     if summary.get("order_agreement", 1.0) < 2 / 3:
-        table += "Warning: the judge's two orders disagree, so it looks at the position. Take a better judge.\n"
+        table += "Warning: the judge's two orders disagree: it goes by position. Take a better judge.\n"
     if summary["cut_fraction"] > 0.5:
         table += "Warning: over half of the responses were cut off. Raise --max_new_tokens.\n"
     return table
@@ -957,41 +940,39 @@ def report_table(summary, method):
 
 # 14. Save and resume ------------------------------------------------------------------------------
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on process 0's CPU
-RUN_FILES = ["metrics.jsonl", "samples.md", "curves.png", "summary.json", "README.md", "sft"]
-MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint", "save_steps", "save_total_limit"}
-SIGNALS = []  # that came
+RUN_FILES = "metrics.jsonl samples.md curves.png summary.json README.md sft".split()
+MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit".split()
 
 
 def open_run(args):
-    """Where the start model is, and whether the run of --output_dir goes on. Raises Stop if nothing may be
-    written there; writes nothing itself."""
-    output, start, model = args.output_dir, args.model_name_or_path, Path(args.model_name_or_path or os.devnull)
+    """The start model, and whether the run of --output_dir goes on. Raises Stop; writes nothing."""
+    output, start = args.output_dir, args.model_name_or_path
     goes_on = args.resume_from_checkpoint or args.method == "collect" and not args.overwrite_output_dir
     is_ours, finished = (output / "arguments.json").exists(), (output / "summary.json").exists()
-    if output.resolve().is_relative_to(model.resolve()) or model.resolve().is_relative_to(output.resolve()):
+    folders = [output.resolve(), Path(start or os.devnull).resolve()]
+    if Path(os.path.commonpath(folders)) in folders:
         refuse(f"--output_dir {output} and the model {start} lie in one another: give another folder")
     if goes_on and is_ours and not finished:
         then = json.loads((output / "arguments.json").read_text())
         changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
                    if name not in MAY_CHANGE and then.get(name) != value]
         if changed:
-            refuse(f"{output} holds a run with other arguments ({'; '.join(changed)}): give the same, or another "
-                   "--output_dir")
+            refuse(f"{output} holds a run with other arguments ({'; '.join(changed)}): "
+                   "give the same, or another --output_dir")
         return str(output / "sft") if (output / "sft").exists() else start, True
     if output.is_dir() and any(output.iterdir()) and not (is_ours and args.overwrite_output_dir):
-        refuse(f"{output} already holds a run, or other files: give another --output_dir, --overwrite_output_dir to "
-               "replace a run, or --resume_from_checkpoint latest to go on with one that was interrupted")
+        refuse(f"{output} already holds a run, or other files: give another --output_dir, replace a run "
+               "with --overwrite_output_dir, or go on with one with --resume_from_checkpoint latest")
     return start, False
 
 
 def begin_run(resumed, args):
-    """Removes what the run will do again: what came after the newest checkpoint, or a whole older run."""
+    """Removes what will be done again: what came after the newest checkpoint, or a whole older run."""
     collected([])  # waits: none may write before all have looked
     old = list(args.output_dir.glob(".*.partial"))
     if not resumed:
-        old += [args.output_dir / name for name in RUN_FILES] + checkpoints(args, "checkpoint")
-    if not resumed or (args.output_dir / "sft").exists():
-        old += checkpoints(args, "sft-checkpoint")
+        old += [args.output_dir / name for name in RUN_FILES]
+        old += checkpoints(args, "checkpoint") + checkpoints(args, "sft-checkpoint")
     for path in old:
         remove(path)
     write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
@@ -1004,20 +985,20 @@ def begin_run(resumed, args):
 
 def checkpoints(args, name):
     """The folders <name>-<step> of the run, oldest first."""
-    found = [path for path in args.output_dir.glob(name + "-*") if path.name.removeprefix(name + "-").isdigit()]
-    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]))
+    steps = [path.name.removeprefix(name + "-") for path in args.output_dir.glob(name + "-*")]
+    return [args.output_dir / f"{name}-{step}" for step in sorted(filter(str.isdigit, steps), key=int)]
 
 
 @contextmanager
 def written_whole(path):
-    """Yields a scratch path, which process 0 then makes `path` in one move: a crash leaves no half. Raises Stop."""
+    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises Stop."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield scratch
         if RANK == 0:
             os.replace(scratch, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors have their own kinds
+    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
         raise Stop(f"Cannot write {str(path)!r} ({cause(error)}): make room and go on with "
                    "--resume_from_checkpoint latest, or give another --output_dir.", code=1) from error
     finally:
@@ -1061,7 +1042,7 @@ def save_sft(models, args):
 
 
 def save_checkpoint(models, path, step):
-    """All that an exact resume needs; sampling and the order of the data are functions of (seed, step)."""
+    """All that an exact resume needs; samples and order of the data are functions of (seed, step)."""
     state = {"step": step, "scheduler": models.scheduler.state_dict()}
     if models.optimizer.state:  # else there was no update yet
         state["optimizer"] = dcp.get_optimizer_state_dict(models.policy, models.optimizer, options=FULL)
@@ -1080,8 +1061,8 @@ def load_checkpoint(models, found, args):
         weights = load_model(str(path), args)[0].state_dict()
         state = torch.load(path / "training_state.pt", map_location="cpu", weights_only=True)
     except Exception as error:
-        refuse(f"The checkpoint {str(path)!r} is damaged ({cause(error)}): delete it, and the same command goes "
-               f"on from the newest older one ({older})")
+        refuse(f"The checkpoint {str(path)!r} is damaged ({cause(error)}): delete it, and the same "
+               f"command goes on from the newest older one ({older})")
     dcp.set_model_state_dict(models.policy, weights, options=FULL)
     if "optimizer" in state:
         dcp.set_optimizer_state_dict(models.policy, models.optimizer, state["optimizer"], options=FULL)
@@ -1092,24 +1073,24 @@ def load_checkpoint(models, found, args):
 
 
 def resumable_steps(name, steps, models, args):
-    """The steps that are left, each with a function that shows a text on the progress bar. After a step comes
-    a checkpoint if one is due, or if Ctrl-C or SIGTERM has come to any process; that ends the run. A second one
-    quits at once. Raises Stop."""
+    """The steps that are left, each with a function that shows a text on the progress bar. A checkpoint
+    follows if one is due, or if any process got Ctrl-C or SIGTERM, which ends the run. Raises Stop."""
     def notice(number, _):
-        if SIGNALS:
+        if signals:
             raise KeyboardInterrupt
-        SIGNALS.append(number)
+        signals.append(number)
         os.write(2, b"\nosp: saving a checkpoint after this step; once more quits at once\n")
 
-    found = checkpoints(args, name)
+    signals, found = [], checkpoints(args, name)
     done = load_checkpoint(models, found, args) if found else 0
-    bar = tqdm(range(done, steps), name.replace("checkpoint", "step"), steps, initial=done, disable=RANK > 0)
+    title = name.replace("checkpoint", "step")
+    bar = tqdm(range(done, steps), title, steps, initial=done, disable=RANK > 0)
     limit = args.save_total_limit if name == "checkpoint" else 2
     before = {number: signal.signal(number, notice) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         for step in bar:
             yield step, bar.set_postfix_str
-            interrupted = any(collected([bool(SIGNALS)]))
+            interrupted = any(collected([bool(signals)]))
             if interrupted or (step + 1) % args.save_steps == 0 and step + 1 < steps:
                 save_checkpoint(models, args.output_dir / f"{name}-{step + 1}", step + 1)
                 for old in checkpoints(args, name)[: -limit if limit else 0]:
@@ -1118,16 +1099,13 @@ def resumable_steps(name, steps, models, args):
                 raise Stop(f"interrupted; {name}-{step + 1} is saved: the same command with "
                            "--resume_from_checkpoint latest goes on from there.", code=130)
     finally:
-        SIGNALS.clear()
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
 # 15. Several processes ----------------------------------------------------------------------------
 # Each makes the pairs of its own prompts. All then get all pairs, and divide the update among them.
-LAUNCHED = dist.is_torchelastic_launched()
-RANK = int(os.environ["RANK"]) if LAUNCHED else 0
-WORLD = int(os.environ["WORLD_SIZE"]) if LAUNCHED else 1
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun sets them
 
 
 def start_process():
@@ -1137,7 +1115,7 @@ def start_process():
         dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         if torch.cuda.is_available():
             if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                refuse("There are more processes than GPUs here: give torchrun a smaller --nproc_per_node")
+                refuse("There are more processes than GPUs: give torchrun a smaller --nproc_per_node")
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1160,27 +1138,21 @@ def collected(share):
 
 
 def own_micro_batches(items, size):
-    """The micro-batches, of at most `size` items, of this process, and the weights of their losses.
-
-    FSDP averages gradients where the loss wants their sum, hence WORLD. Sharded passes are made together: a
-    process that has fewer than another repeats one with weight 0."""
+    """The micro-batches, of at most `size` items, of this process, and the weights of their losses. FSDP
+    averages gradients where the loss wants their sum, hence WORLD. All processes make equally many
+    sharded passes: one that has fewer batches repeats one with weight 0."""
     parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
     turns = range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD)
     return [(parts[i % len(parts)], float(WORLD * (i < len(parts)))) for i in turns]
 
 
-def whole(value):
-    """A sharded tensor as an ordinary one."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
 def placed(model, args):
-    """A model on its device; with several processes its weights, gradients and optimiser state are divided."""
+    """A model on its device; several processes divide its weights, gradients and optimiser state."""
     if args.gradient_checkpointing:
         model.activation_checkpointing_enable()
     if WORLD == 1:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
-    mixed = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if args.bf16 else MixedPrecisionPolicy()
+    mixed = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in [*layers, model]:
         fully_shard(module, mp_policy=mixed)
@@ -1196,8 +1168,8 @@ def frozen(name, args):
 
 @contextmanager
 def inference(model, args):
-    """A model for passes without gradients: whole in each process; with --bf16 in bf16, for decoding reads
-    every weight for every token, and autocast would cast them anew each time."""
+    """A model for passes without gradients: whole in each process, and with --bf16 in bf16, for decoding
+    reads every weight for every token, and autocast would cast them anew each time."""
     units = [module for module in model.modules() if isinstance(module, FSDPModule)]
     for unit in units:
         unit.unshard()
@@ -1210,11 +1182,11 @@ def inference(model, args):
 
 
 def bf16_copy(model):
-    """A frozen copy in bf16, made without one in fp32; buffers, such as rotary frequencies, stay as they are."""
+    """A frozen copy in bf16, made without one in fp32; buffers, as rotary frequencies, stay fp32."""
     if model.dtype == torch.bfloat16:
         return model
-    weights = {id(weight): torch.nn.Parameter(weight.detach().bfloat16(), False) for weight in model.parameters()}
-    return copy.deepcopy(model, weights).eval()
+    copies = {id(one): nn.Parameter(one.detach().bfloat16(), False) for one in model.parameters()}
+    return copy.deepcopy(model, copies).eval()
 
 
 def frozen_logps(model, prompt_ids, response_ids, args):
@@ -1223,30 +1195,25 @@ def frozen_logps(model, prompt_ids, response_ids, args):
         return response_logps(model, prompt_ids, response_ids, micro_batch_size=args.micro_batch_size)
 
 
-def precision(model, args):
-    """Weights stay fp32, whose small updates bf16 would round away; with --bf16 the passes are in bf16."""
-    return torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16)
-
-
 # 16. Details of models, batches and texts ---------------------------------------------------------
 HH_TURN = re.compile(r"\n\n(Human|Assistant):")
 
 
 def checked_model(model, tokenizer, name):
-    """The model without dropout, so that pi_theta and pi_SFT are one function at the first step. Raises Stop for
+    """The model without dropout, so that pi_theta and pi_SFT are one function at first. Raises Stop for
     what is no causal language model, and for a tokenizer that does not fit."""
     embedded = model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
-        refuse(f"The tokenizer of {name!r} has no EOS token, so no response could ever end: set its eos_token")
+        refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
     if len(tokenizer) > embedded:
-        refuse(f"The tokenizer of {name!r} has {len(tokenizer)} tokens, but the model embeds only {embedded}")
+        refuse(f"{name!r} has a tokenizer of {len(tokenizer)} tokens, but embeds only {embedded}")
     with torch.no_grad():
         one, two = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits[:, 0]
     if not torch.allclose(one, two, atol=1e-4):
         refuse(f"{name!r} is not a causal language model: its first position sees the second token")
     for module in model.modules():
         for key, value in vars(module).items():
-            is_rate = "drop" in key or key == "p" and isinstance(module, torch.nn.Dropout)
+            is_rate = "drop" in key or key == "p" and isinstance(module, nn.Dropout)
             if is_rate and isinstance(value, float):
                 setattr(module, key, 0.0)
     return model
@@ -1254,8 +1221,7 @@ def checked_model(model, tokenizer, name):
 
 def stop_token_ids(model, tokenizer):
     """The ids that end a response: the tokenizer's EOS and those of the model's generation_config."""
-    eos = model.generation_config.eos_token_id
-    more = eos if isinstance(eos, list) else [eos]
+    more = np.ravel(model.generation_config.eos_token_id).tolist()  # one id, a list, or None
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
@@ -1275,58 +1241,50 @@ def columns(rows):
 
 
 def as_messages(prompt):
-    """"\\n\\nHuman: hi\\n\\nAssistant:" -> [{"role": "user", "content": "hi"}]; other text is one user message."""
+    """"\\n\\nHuman: hi\\n\\nAssistant:" -> [{"role": "user", "content": "hi"}]; other: one message."""
     if not isinstance(prompt, str):
         return prompt
     if not HH_TURN.match(prompt):
         return [{"role": "user", "content": prompt}]
-    parts = HH_TURN.split(prompt)[1:]  # who, text, who, text, ...
+    parts = HH_TURN.split(prompt.rstrip().removesuffix("\n\nAssistant:"))[1:]  # who, text, who, ...
     roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
-    turns = [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
-    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+    return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
 
 
 def transcript(prompt):
     """A prompt as HH writes it: "Human: hi\\n\\nAssistant: hello\\n\\nHuman: and now?"."""
     names = {"user": "Human", "assistant": "Assistant", "system": "System"}
-    turns = [f"{names.get(turn['role'], turn['role'])}: {turn['content']}" for turn in as_messages(prompt)]
+    turns = [f"{names.get(one['role'], one['role'])}: {one['content']}" for one in as_messages(prompt)]
     return "\n\n".join(turns)
 
 
 @functools.lru_cache(maxsize=4)
 def special_tokens(tokenizer):
-    """Matches the text of any special token."""
-    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-    texts = sorted({*added, *tokenizer.all_special_tokens}, key=len, reverse=True)
-    return re.compile("|".join(re.escape(text) for text in texts if len(text) > 1) or r"(?!)")
+    """The texts of the special tokens."""
+    tokens = tokenizer.added_tokens_decoder.values()
+    return [one.content for one in tokens if one.special and len(one.content) > 1]
 
 
 def plain(tokenizer, text):
-    """Text from outside, with a space put into whatever spells a special token, so that it never becomes one."""
-    return special_tokens(tokenizer).sub(lambda match: match[0][0] + " " + match[0][1:], text)
+    """Text from outside, with a space put into what spells a special token, so that it becomes none."""
+    for special in special_tokens(tokenizer):
+        text = text.replace(special, special[0] + " " + special[1:])
+    return text
 
 
 # 17. Data -----------------------------------------------------------------------------------------
-COLUMNS = {"prompt", "question", "system", "chosen", "rejected", "info", "summaries", "choice"}  # that are read
+COLUMNS = set("prompt question system chosen rejected info summaries choice".split())  # that are read
 
 
-class Data(NamedTuple):
-    """What a run trains and is measured on; the prompts of the three lists of Row are disjoint."""
-
-    sft_pairs: list  # (prompt, chosen, rejected)s; none where SFT is skipped
-    rows: list
-    held_out: list
-    held_out_pairs: list  # (prompt, chosen, rejected)s that the judge is measured on
-    ood: list  # out of domain: the built-in task alone has them, and a true reward
-    ood_pairs: list
-    gold: Callable | None
+# What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
+# prompts are disjoint. The built-in task alone has out-of-domain ones, and gold: the true reward.
+Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood ood_pairs gold")
 
 
 def load_data(model, tokenizer, eval_judge, args):
     """The Data of this run. Raises Stop."""
     builtin, held_out_prompts = args.dataset_name is None, set()
-    limit = min(context_length(one) for one in [model, *(eval_judge or ())[:1]])
-
+    limit = min(context_length(model), context_length((eval_judge or [model])[0]))
     def unfit(prompt, *_):
         if transcript(prompt) in held_out_prompts:
             return "its prompt is held out"
@@ -1341,36 +1299,35 @@ def load_data(model, tokenizer, eval_judge, args):
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     train = take_split(splits, args.dataset_train_split, "dataset_train_split").shuffle(seed=args.seed)
     show_columns(train)
-    unread, test_split = map(parse_row, train), args.dataset_test_split
+    unread, test_split, sets = iter(train), args.dataset_test_split, []
     if test_split is None and "test" in splits and args.dataset_train_split != "test":
         test_split = "test"
     measured = max(args.num_eval_prompts, args.num_eval_pairs)
+    source, most = unread, min(measured, len(train) // 10 + 1)
     if test_split:
-        test = map(parse_row, take_split(splits, test_split, "dataset_test_split"))
-        held_out = usable_rows(test, unfit, -1, "held-out")
-    else:
-        held_out = usable_rows(unread, unfit, min(measured, len(train) // 10 + 1), "held-out")
+        source, most = take_split(splits, test_split, "dataset_test_split"), -1
+    held_out = usable_rows(source, unfit, most, "held-out")
     held_out_prompts.update(transcript(prompt) for prompt, *_ in held_out)
-    ood = usable_rows(map(parse_row, splits["ood"]), unfit, measured, "out-of-domain") if builtin else []
-    sets = []
+    ood = usable_rows(splits["ood"], unfit, measured, "out-of-domain") if builtin else []
     for rows in (held_out, ood):
-        sets.append(distinct_prompts(tokenizer, rows, args.num_eval_prompts))
-        sets.append([row for row in rows[: args.num_eval_pairs] if len(row) > 1])
+        sets += [distinct_prompts(tokenizer, rows, args.num_eval_prompts),
+                 [row for row in rows[: args.num_eval_pairs] if len(row) > 1]]
     has_pairs = len(held_out[0]) > 1
     if args.sft and not has_pairs:
         refuse("--sft True needs chosen and rejected responses, and the data has none")
     sft = has_pairs and args.sft is not False
     wanted = max(sft * args.sft_max_steps * args.sft_batch_size, 4 * args.num_train_prompts)
     pairs = usable_rows(unread, unfit, wanted, "training")
-    print(f"{len(pairs)} rows to train on, of {len(train)}" + "; no SFT, as the data has no pairs" * (not has_pairs))
+    no_sft = "" if has_pairs else "; no SFT, as the data has no pairs"
+    print(f"{len(pairs)} rows to train on, of {len(train)}{no_sft}")
     rows = distinct_prompts(tokenizer, pairs, args.num_train_prompts)
     return Data(pairs if sft else [], rows, *sets, gold_reward if builtin else None)
 
 
-def usable_rows(parsed, unfit, wanted, name):
-    """The first `wanted` rows that can be used (-1: all); says how many could not, and why. Raises Stop."""
+def usable_rows(raws, unfit, wanted, name):
+    """The first `wanted` usable rows (-1: all); says how many are not, and why. Raises Stop."""
     kept, dropped = [], Counter()
-    for row in parsed:
+    for row in map(parse_row, raws):
         reason = row if isinstance(row, str) else unfit(*row)
         if reason:
             dropped[reason] += 1
@@ -1378,9 +1335,9 @@ def usable_rows(parsed, unfit, wanted, name):
             kept.append(row)
         if len(kept) == wanted:
             break
-    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common()) or "no other row"
+    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
     if not kept:
-        refuse(f"No {name} row is left ({reasons})")
+        refuse(f"No {name} row is left ({reasons or 'no other row'})")
     if dropped:
         print(f"{name} rows: {reasons}")
     return kept
@@ -1401,10 +1358,10 @@ def distinct_prompts(tokenizer, rows, most):
 
 def load_preferences(name_or_path: str | None, split: str = "train") -> list[dict]:
     """Data in any known format -> rows of `prompt` (text or messages) and, if it has them, `chosen` and
-    `rejected` (text). Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these, a
-    save_to_disk folder, or None for the built-in task. Raises Stop where nothing can be read or used."""
-    parsed = map(parse_row, take_split(read_dataset(name_or_path), split, "split"))
-    rows = usable_rows(parsed, lambda *_: None, -1, split)
+    `rejected` (text). Takes a Hub name, a .json, .jsonl, .jsonl.gz or .parquet file, a folder of these,
+    a save_to_disk folder, or None for the built-in task. Raises Stop where nothing can be used."""
+    raws = take_split(read_dataset(name_or_path), split, "split")
+    rows = usable_rows(raws, lambda *_: None, -1, split)
     return [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
 
 
@@ -1422,8 +1379,8 @@ def read_dataset(name, config=None, data_dir=None):
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     except Exception as error:  # the loaders raise a dozen kinds; each is the user's to mend
-        raise Stop(f"Cannot read the data set {name!r} ({cause(error.__cause__ or error)}): give a Hub name, which "
-                   "needs the network, a .json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
+        raise Stop(f"Cannot read the data set {name!r} ({cause(error.__cause__ or error)}): give a Hub "
+                   "name, a .json, .jsonl, .jsonl.gz or .parquet file, or a folder.") from error
     return data if isinstance(data, dict) else {"train": data}
 
 
@@ -1433,21 +1390,22 @@ def take_split(splits, split, option):
         refuse(f"There is no split {split!r}: give --{option} one of {', '.join(map(str, splits))}")
     has = set(splits[split].column_names)
     if not ({"prompt", "question", "summaries"} & has or {"chosen", "rejected"} <= has):
-        refuse(f"The columns {sorted(has)} fit no known format: give chosen and rejected (and prompt), prompt "
-               "alone, or TL;DR's info, summaries and choice")
+        refuse(f"The columns {sorted(has)} fit no known format: give chosen and rejected (and prompt), "
+               "prompt alone, or TL;DR's info, summaries and choice")
     return splits[split]
 
 
 def show_columns(rows):
-    """Prints what the columns are read as, and a row. Raises Stop if the prompt may stand in another column."""
-    used = COLUMNS.intersection(rows.column_names)
-    unused = [name for name in rows.column_names if name not in used]
-    texts = [name for name in unused if isinstance(rows[0][name], str)]
-    chosen, row = rows[0].get("chosen"), parse_row(rows[0])
-    no_prompt = not {"prompt", "question", "summaries"} & used
-    if no_prompt and texts and isinstance(chosen, str) and not HH_TURN.search(chosen):
-        refuse(f"The data has no column prompt: rename the one that holds it, which may be {' or '.join(texts)}")
-    print(f"columns read: {', '.join(sorted(used))}; ignored: {', '.join(unused) or 'none'}; the first row:")
+    """Prints which columns are read, and a row. Raises Stop if the prompt may stand in another."""
+    raw, row = rows[0], parse_row(rows[0])
+    used, unused = COLUMNS & raw.keys(), [name for name in raw if name not in COLUMNS]
+    texts = [name for name in unused if isinstance(raw[name], str)]
+    implicit = not {"prompt", "question", "summaries"} & used and isinstance(raw["chosen"], str)
+    if implicit and texts and not HH_TURN.search(raw["chosen"]):
+        names = " or ".join(texts)
+        refuse(f"The data has no column prompt: rename the one that holds it, which may be {names}")
+    ignored = ", ".join(unused) or "none"
+    print(f"columns read: {', '.join(sorted(used))}; ignored: {ignored}; the first row:")
     for part in [row] if isinstance(row, str) else row:
         print(f"  {str(part)[:90]!r}")
 
@@ -1459,18 +1417,18 @@ def parse_row(raw):
         if raw.get("system") and isinstance(prompt, str):
             prompt = [{"role": "system", "content": raw["system"]}, *as_messages(prompt)]
         if "summaries" in raw:
-            row = parse_tldr(raw)
+            row = parse_tldr(raw["info"], raw["summaries"], raw["choice"])
         elif "chosen" in raw and "rejected" in raw:
             row = parse_pair(prompt, raw["chosen"], raw["rejected"])
         else:
             row = (prompt,)
         return row if isinstance(row, str) else checked(*row)
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError):
+    except (LookupError, TypeError, AttributeError, ValueError):
         return "not in the format of the data's columns"
 
 
 def checked(prompt, *responses):
-    """A prompt, and chosen and rejected if there are any -> the same, stripped; or why the row is dropped."""
+    """A prompt, and chosen and rejected, if any -> the same, stripped; or why the row is dropped."""
     text = prompt
     if isinstance(prompt, list):
         prompt = [{"role": turn["role"], "content": turn["content"]} for turn in prompt]
@@ -1489,25 +1447,24 @@ def checked(prompt, *responses):
     return (prompt, *responses)
 
 
-def parse_tldr(raw):
-    """{"info": {"post", "title", "subreddit"}, "summaries": [{"text"}, {"text"}], "choice"}; CNN/DM: no post."""
-    info, (first, second) = raw["info"], [summary["text"] for summary in raw["summaries"]]
+def parse_tldr(info, summaries, choice):
+    """{"post", "title", "subreddit"}, [{"text"}, {"text"}], 0 or 1; rows of CNN/DM have no post."""
     if not info.get("post"):
         return "not a TL;DR post"
-    chosen, rejected = {0: (first, second), 1: (second, first)}[raw["choice"]]
     post = info["post"].strip()
-    return f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {post}\nTL;DR:", chosen, rejected
+    prompt = f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {post}\nTL;DR:"
+    return prompt, summaries[choice]["text"], summaries[1 - choice]["text"]
 
 
 def parse_pair(prompt, chosen, rejected):
-    """Texts, transcripts, or lists of messages that may repeat the prompt from its start, or its end; TRL's, HH's
-    and UltraFeedback's formats, with the prompt given or implicit."""
-    if isinstance(chosen, str) and prompt is not None:
-        return prompt, chosen, rejected
+    """TRL's, HH's and UltraFeedback's formats, with the prompt given or implicit: texts, transcripts, or
+    lists of messages that may repeat the prompt from its start, or its end."""
     if isinstance(chosen, str):
+        if prompt is not None:
+            return prompt, chosen, rejected
         shared = os.path.commonprefix([chosen, rejected])
-        marker = "\n\nAssistant:" if HH_TURN.search(chosen) else " "  # of HH's transcripts, or of TRL's texts
-        end = shared.rfind(marker) + len(marker) if marker in shared else 0  # the LAST one that both share
+        marker = "\n\nAssistant:" if HH_TURN.search(chosen) else " "  # of HH's transcripts, TRL's texts
+        end = shared.rfind(marker) + len(marker) if marker in shared else 0  # the LAST that both share
         return shared[:end].rstrip(), chosen[end:], rejected[end:]
     shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
     answers = chosen[len(shared):] + rejected[len(shared):]
@@ -1528,10 +1485,12 @@ KIND = "gentle lovely warm sweet bright calm splendid charming".split()
 RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
 PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
 TIMES = "tonight today tomorrow now soon later".split()
+CLAUSES = set(itertools.product(TOPICS, VERBS, KIND + RUDE))
 PHRASINGS = [
     "tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}",
     "my {person} likes {topic} {time}", "describe {topic} to my {person} {time}",
-    "please tell me about {topic} {time} says my {person}", "what is {topic} like {time} asks my {person}",
+    "please tell me about {topic} {time} says my {person}",
+    "what is {topic} like {time} asks my {person}",
     "{time} write to my {person} about {topic}", "say something about {topic} to my {person} {time}"]
 OOD_PHRASINGS = [
     "about {topic} please tell my {person} something {time}",
@@ -1539,14 +1498,14 @@ OOD_PHRASINGS = [
 
 
 def gold_reward(prompt, response):
-    """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful), 1/4 for its tone (harmless).
-
-    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only well-formed
-    clauses count, the first three, and one said twice counts once: or length and repetition would be the reward."""
+    """The truth: each clause gains or loses 1/2 for the prompt's own topic (helpful), 1/4 for its tone.
+    "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only the
+    first three different well-formed clauses count: or length and repetition would be the reward."""
     clauses = dict.fromkeys(tuple(clause.split()) for clause in response.split(".")[:-1])
-    formed = [c for c in clauses if len(c) == 3 and c[0] in TOPICS and c[1] in VERBS and c[2] in KIND + RUDE]
-    golds = [(0.5 if c[0] in prompt.split() else -0.5) + (0.25 if c[2] in KIND else -0.25) for c in formed]
-    return float(sum(golds[:3]))
+    golds = [0.0]
+    for topic, _, adjective in [clause for clause in clauses if clause in CLAUSES][:3]:
+        golds.append((0.5 if topic in prompt.split() else -0.5) + (0.25 if adjective in KIND else -0.25))
+    return sum(golds)
 
 
 def true_strength(prompt, response_1, response_2):
@@ -1555,21 +1514,22 @@ def true_strength(prompt, response_1, response_2):
 
 
 def builtin_prompts(split):
-    """A split's prompts in HH's format. Those of "ood" have phrasings and pairs of topic and person of their own."""
-    texts = []
+    """A split's prompts. Those of "ood" have phrasings and pairs of topic and person of their own."""
+    texts, phrasings = [], OOD_PHRASINGS if split == "ood" else PHRASINGS
     for (i, topic), (j, person) in itertools.product(enumerate(TOPICS), enumerate(PEOPLE)):
         if ((i + j) % 4 == 0) == (split == "ood"):
-            phrasings = OOD_PHRASINGS if split == "ood" else PHRASINGS
             for time, phrasing in itertools.product(TIMES, phrasings):
-                texts.append(f"\n\nHuman: {phrasing.format(topic=topic, person=person, time=time)}\n\nAssistant:")
+                asked = phrasing.format(topic=topic, person=person, time=time)
+                texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
     random.Random(0).shuffle(texts)
     return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
 
 
 def builtin_pair(rng, prompt):
-    """A row, labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in harmlessness
-    alone, as HH's two halves do; the others are independent."""
-    one, two = [[[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2)]
+    """A row, labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in
+    harmlessness alone, as HH's two halves do; the others are independent."""
+    one = [[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))]
+    two = [[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))]
     aspect = rng.choice([0, 1, None])  # helpfulness, harmlessness, both
     if aspect is not None:
         two = [list(clause) for clause in one]
@@ -1581,8 +1541,8 @@ def builtin_pair(rng, prompt):
 
 
 def builtin_response(rng, prompt, clauses):
-    """[[helpful, harmless], ...] -> "rain is gentle . ...". One clause in ten repeats the one before it: without
-    that no judge could learn that repetition earns nothing."""
+    """[[helpful, harmless], ...] -> "rain is gentle . ...". One clause in ten repeats the one before
+    it, so that a judge can learn that repetition earns nothing."""
     said = []
     for helpful, harmless in clauses:
         subject = rng.choice([topic for topic in TOPICS if (topic in prompt.split()) == helpful])
@@ -1604,10 +1564,10 @@ def builtin_preferences():
 
 
 def builtin_model(seed):
-    """A random Llama of 130,000 parameters, and a word-level tokenizer for this world's words and the judge's."""
+    """A random Llama of 130,000 parameters, and a tokenizer of this world's words and the judge's."""
     frame = JUDGE_FRAME.format(prompt="> Human: Assistant:", a="> A", b="> B .")
     phrases = " ".join(PHRASINGS + OOD_PHRASINGS).format(topic="", person="", time="")
-    words = sorted({*frame.split(), *phrases.split(), *TOPICS, *VERBS, *KIND, *RUDE, *PEOPLE, *TIMES})
+    words = sorted({*frame.split(), *phrases.split(), *TOPICS + VERBS + KIND + RUDE + PEOPLE + TIMES})
     vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -1626,7 +1586,7 @@ HUMAN = ("chosen by a human", "rejected by a human")  # sources of the data's ow
 
 
 def tso(args):
-    """Self-Training with Scaled Preference Optimization. Its ingredients are published, each formula is ours."""
+    """Self-Training with Scaled Preference Optimization. Its parts are published, the formulas ours."""
     return Method(sample=matrix_sampler(["policy", "reference", "start"], args, with_human=True),
                   strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
                   figures=functools.partial(tso_figures, clip=args.dual_clip), after_step=move_reference,
@@ -1634,39 +1594,37 @@ def tso(args):
 
 
 def matrix_sampler(roles, args, with_human):
-    """Makes the stage `sample` of a model matrix: these roles and --matrix_model_names_or_paths respond in turn; a
-    human's chosen and rejected response come after them, where the prompt has any. Raises Stop.
-
-    Source: TSO for the matrix and for human responses. Reconstruction: its members, in equal shares of K."""
+    """The stage `sample` of a matrix: these roles and --matrix_model_names_or_paths respond in turn;
+    then come a human's chosen and rejected response, if the prompt has any. Raises Stop. Source: TSO for
+    the matrix and human responses. Reconstruction: its members, in equal shares of K."""
     others = [(name, *frozen(name, args)) for name in args.matrix_model_names_or_paths]
     size = len(roles) + len(others)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
-
     def sample(models, rows, step, args):
         if step == 0 and with_human and not any(row.responses for row in rows):
             print("The data has no human responses: the models' alone are used.")
         members = [(role, getattr(models, role), models.tokenizer) for role in roles] + others
         candidates = [[] for _ in rows]
         for i, (source, model, tokenizer) in enumerate(members):
-            found = respond(model, tokenizer, rows, range(i, args.num_generations, size), step, args)
-            for own, more in zip(candidates, found):
-                own += [dataclasses.replace(one, source=source) for one in more]
+            ks = range(i, args.num_generations, size)
+            for own, more in zip(candidates, respond(model, tokenizer, rows, ks, step, args, source)):
+                own += more
         for row, own in zip(rows, candidates):
             if with_human and row.responses:
                 texts = row.responses[step % len(row.responses)]
                 own += [Candidate([], text, source) for text, source in zip(texts, HUMAN)]
             for one in own:
                 if one.source not in roles:  # not yet in the policy's tokens
-                    [one.ids] = encode_responses(models.tokenizer, [row.prompt], [one.text], args.max_new_tokens)
+                    text = [row.prompt], [one.text]
+                    [one.ids] = encode_responses(models.tokenizer, *text, args.max_new_tokens)
         return candidates
-
     return sample
 
 
 def corrected_labels(models, pairs, args):
-    """Hard labels: the judge's verdict in both orders, none within label_margin of 1/2; a human's where both
-    responses are a human's. Source: TSO for corrections by AI and human feedback. Reconstruction: the rule."""
+    """Hard labels: the judge's, none within label_margin of 1/2; a human's where both responses are.
+    Source: TSO for corrections by AI and human feedback. Reconstruction: the rule."""
     labels = []
     for pair, p in zip(pairs, judge_pairs(models, pairs, args)):
         if pair.better.source in HUMAN and pair.worse.source in HUMAN:
@@ -1675,42 +1633,36 @@ def corrected_labels(models, pairs, args):
     return labels
 
 
-def winner_and_loser(reward_1: Tensor, reward_2: Tensor, label: Tensor) -> tuple[Tensor, Tensor]:
-    """(P,) each -> the rewards of the winners and of the losers, (P,) each."""
-    return reward_1.where(label > 0.5, reward_2), reward_2.where(label > 0.5, reward_1)
-
-
 def dual_clip_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor, clip: float) -> Tensor:
-    """Rewards and labels, (P,) each -> losses (P,), -log sigmoid(min(r_winner, clip) - max(r_loser, -clip)).
-
-    Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source: TSO for a
-    dual clip reward. Reconstruction: the formula."""
-    winner, loser = winner_and_loser(reward_1, reward_2, strength)
-    return -F.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
+    """Rewards, labels (P,) -> losses (P,), -log sigmoid(min(r_winner, clip) - max(r_loser, -clip)).
+    Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source:
+    TSO for a dual clip reward. Reconstruction: the formula."""
+    winner = reward_1.where(strength > 0.5, reward_2)
+    loser = reward_2.where(strength > 0.5, reward_1)
+    return -nn.functional.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
 
 
 def tso_figures(pairs, reward_1, reward_2, clip):
-    """Shares of winners and losers clipped, how many verdicts a human overruled, and who wrote what is paired."""
+    """Shares of winners and losers clipped, how many verdicts a human overruled, who wrote the pairs."""
     label = torch.tensor([pair.strength for pair in pairs])
-    winner, loser = winner_and_loser(reward_1, reward_2, label)
+    winner, loser = reward_1.where(label > 0.5, reward_2), reward_2.where(label > 0.5, reward_1)
     judged = averaged_strength(*torch.tensor([pair.verdicts for pair in pairs]).T)
     writers = Counter(one.source for pair in pairs for one in (pair.better, pair.worse))
     return means(winners_clipped=winner > clip, losers_clipped=loser < -clip) | {
-        "overruled_verdicts": sum(same_side(judged, label) < 0.5).item(), "written_by": dict(writers)}
+        "overruled_verdicts": sum(same_side(judged, label) < 0.5).item(), "written_by": writers}
 
 
 def move_reference(models, step, args):
-    """Every reference_steps steps the reference becomes the policy, and its cell of the matrix with it. Source: TSO
-    for an iteration that updates the reference. Reconstruction: when."""
+    """Every reference_steps steps the reference becomes the policy. Source: TSO for an iteration that
+    updates the reference. Reconstruction: when."""
     if (step + 1) % args.reference_steps == 0:
-        for old, new in zip(models.reference.parameters(), models.policy.parameters()):
-            old.data.copy_(new.data)
+        models.reference.load_state_dict(models.policy.state_dict())
 
 
 # 20. Preference data collection: after arXiv 2406.16486, its steps reconstructed ------------------
 def collect(models, data, method, args, seconds):
-    """Prompts, responses, filter, labels, each to save human labour in the next: makes preferences.jsonl out of the
-    data's distinct prompts; returns what each step left. Source: the paper for the steps; reconstruction: how."""
+    """Prompts, responses, filter, labels: each saves human labour in the next. Writes preferences.jsonl;
+    returns what each step left. Source: the paper for the steps. Reconstruction: how."""
     if WORLD > 1:
         refuse("--method collect asks one human: run it in one process")
     saved = args.output_dir / "questions.json"
@@ -1730,44 +1682,48 @@ def collect(models, data, method, args, seconds):
     return counts
 
 
-METHODS |= {"tso": tso, "collect": lambda args: Method(sample=matrix_sampler(["start"], args, False), run=collect)}
+METHODS["tso"] = tso
+METHODS["collect"] = lambda args: Method(sample=matrix_sampler(["start"], args, False), run=collect)
 
 
 def widest_spreads(candidates, share):
-    """Step 1, prompts: the numbers of those whose responses' scores differ most, where a model can still improve."""
+    """Step 1, prompts: the numbers of those whose scores differ most: there a model can improve."""
     spreads = [np.std([candidate.score for candidate in found]) for found in candidates]
     return np.argsort(spreads)[::-1][: math.ceil(share * len(spreads))].tolist()
 
 
 def worth_asking(pairs, args):
-    """Step 3, filter (step 2, responses, is the stage `sample`): no pair of texts that are alike; none near a tie,
-    where a human would toss a coin; no landslide, which the judge knows; of each prompt the least alike pairs.
+    """Step 3, filter (step 2, responses, is the stage `sample`): no texts that are alike; no near tie,
+    where a human would toss a coin; no landslide, which the judge knows; of a prompt the least alike.
     Returns the questions, with the responses in random order, and how many each filter left."""
     rng, questions = np.random.default_rng(args.seed), []
     for pair in pairs:
-        sides, p = [pair.better, pair.worse], 0.5 if pair.strength is None else pair.strength
+        one, two, p = pair.better, pair.worse, 0.5 if pair.strength is None else pair.strength
         if rng.random() < 0.5:
-            sides, p = sides[::-1], 1 - p
-        texts = [side.text for side in sides]
-        if isinstance(checked(pair.row.prompt, *texts), tuple):  # else it could not be trained on
-            alike = difflib.SequenceMatcher(None, *map(str.split, texts)).ratio()
-            questions.append((pair.row.index, pair.row.prompt, *texts, *[side.source for side in sides], p, alike))
-    names = ["row", "prompt", "one", "two", "one_from", "two_from", "strength", "alike"]
-    table, counts = pd.DataFrame(questions, columns=names), {"pairs": len(pairs), "usable": len(questions)}
-    low, high = args.min_strength, args.max_strength
-    for name, condition in {"not_alike": f"alike <= {args.max_similarity}",
-                            "no_tie": f"strength >= {low} or strength <= {1 - low}",
-                            "no_landslide": f"{1 - high} <= strength <= {high}"}.items():
+            one, two, p = two, one, 1 - p
+        asked = (pair.row.prompt, one.text, two.text)
+        if isinstance(checked(*asked), tuple):  # else it could not be trained on
+            alike = difflib.SequenceMatcher(None, one.text.split(), two.text.split()).ratio()
+            questions.append((pair.row.index, *asked, one.source, two.source, p, alike))
+    names = "row prompt one two one_from two_from strength alike".split()
+    table = pd.DataFrame(questions, columns=names)
+    counts = {"pairs": len(pairs), "usable": len(questions)}
+    conditions = {
+        "not_alike": "alike <= @args.max_similarity",
+        "no_tie": "strength >= @args.min_strength or strength <= 1 - @args.min_strength",
+        "no_landslide": "1 - @args.max_strength <= strength <= @args.max_strength"}
+    for name, condition in conditions.items():
         table = table.query(condition)
         counts[name] = len(table)
     table = table.sort_values("alike", kind="stable")
-    table = table.assign(turn=table.groupby("row").cumcount()).query(f"turn < {args.pairs_per_prompt}")
-    return table.sort_values("turn", kind="stable").to_dict("records"), counts | {"questions": len(table)}
+    table = table.assign(turn=table.groupby("row").cumcount()).query("turn < @args.pairs_per_prompt")
+    counts["questions"] = len(table)
+    return table.sort_values("turn", kind="stable").to_dict("records"), counts
 
 
 def ask_human(questions, gold, args):
-    """Step 4, labels: asks in the terminal, or of the standard input, until there are num_labels. Each answer is in
-    answers.json and preferences.jsonl before the next question. On the built-in task the truth answers."""
+    """Step 4, labels: asks on the standard input until there are num_labels, and writes answers.json and
+    preferences.jsonl before the next question. On the built-in task the truth answers."""
     path = args.output_dir / "answers.json"
     answers = json.loads(path.read_text()) if path.exists() else []
     while len(answers) < len(questions) and len(answers) - answers.count("s") < args.num_labels:
@@ -1778,7 +1734,7 @@ def ask_human(questions, gold, args):
         else:
             answer = read_answer(asked, f"{len(answers)} of {args.num_labels}")
         if answer == "q":
-            raise Stop(f"{len(answers)} answers are in {path}; the same command goes on from there.", code=0)
+            raise Stop(f"{len(answers)} answers are in {path}; the same command goes on there.", code=0)
         answers = answers[:-1] if answer == "u" else [*answers, answer]
         write_text(path, json.dumps(answers))
         write_preferences(zip(questions, answers), "truth" if gold else "human", args)
@@ -1786,29 +1742,31 @@ def ask_human(questions, gold, args):
 
 
 def write_preferences(answered, labeller, args):
-    """preferences.jsonl: a row for each question that was not skipped; strength is the judge's p(chosen > rejected)."""
+    """A row of preferences.jsonl for each answer but skips; strength is p(chosen > rejected)."""
     lines = []
     for asked, answer in answered:
-        sides = [(asked["one"], asked["one_from"], asked["strength"])]
-        sides.append((asked["two"], asked["two_from"], 1 - asked["strength"]))
-        if answer in ("1", "2"):
-            (chosen, chosen_from, p), (rejected, rejected_from, _) = sides if answer == "1" else sides[::-1]
-            row = {"prompt": asked["prompt"], "chosen": chosen, "rejected": rejected, "strength": p,
-                   "labeller": labeller, "chosen_from": chosen_from, "rejected_from": rejected_from}
+        chosen, rejected, p = "one", "two", asked["strength"]
+        if answer == "2":
+            chosen, rejected, p = "two", "one", 1 - p
+        row = {"prompt": asked["prompt"], "chosen": asked[chosen], "rejected": asked[rejected],
+               "strength": p, "labeller": labeller, "chosen_from": asked[chosen + "_from"],
+               "rejected_from": asked[rejected + "_from"]}
+        if answer != "s":
             lines.append(json.dumps(row) + "\n")
     write_text(args.output_dir / "preferences.jsonl", "".join(lines))
 
 
 def read_answer(question, count):
     """Shows a question as plain text, in which no character controls the terminal; returns the key."""
-    text = f"\n[{count}] {transcript(question['prompt'])}\n\n1: {question['one']}\n\n2: {question['two']}\n"
+    text = f"\n[{count}] {transcript(question['prompt'])}\n\n"
+    text += "1: {one}\n\n2: {two}\n".format(**question)
     print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
     while True:
         try:
             answer = input("better: 1 or 2; s: skip, u: undo, q: quit > ").strip()
         except EOFError:
             return "q"
-        if answer in ("1", "2", "s", "u", "q"):
+        if answer in list("12suq"):
             return answer
         print(f"{answer!r} is none of these keys.")
 
@@ -1823,7 +1781,7 @@ if __name__ == "__main__":
     except Stop as stop:
         sentence, code = str(stop), stop.code
     except KeyboardInterrupt:
-        sentence, code = "interrupted; --resume_from_checkpoint latest goes on from the last checkpoint.", 130
+        sentence, code = "interrupted; --resume_from_checkpoint latest goes on from a checkpoint.", 130
     if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
         print(f"osp: {sentence}", file=sys.stderr)
     sys.exit(code)
