@@ -940,7 +940,9 @@ def report_table(summary, method):
 
 # 14. Save and resume ------------------------------------------------------------------------------
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on process 0's CPU
-RUN_FILES = "metrics.jsonl samples.md curves.png summary.json README.md sft".split()
+RUN_FILES = (
+    "metrics.jsonl samples.md curves.png summary.json README.md sft "
+    "questions.json answers.json preferences.jsonl").split()
 MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit".split()
 
 

@@ -1492,6 +1492,8 @@ def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path)
     read = osp.load_preferences(str(tmp_path / "preferences.jsonl"))
     assert read == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
     assert json.loads((tmp_path / "summary.json").read_text()) == summary
+    again = osp.main(command(tmp_path, COLLECT, "--overwrite_output_dir --num_labels 1"))
+    assert again["labels"] == 1 == len(labels_in(tmp_path))  # nothing of the first run was left
 
 
 def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, real):
