@@ -976,7 +976,8 @@ def test_exit_codes_of_the_program(tmp_path):
     command = [sys.executable, osp.__file__, "--num_generations", "1"]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
     assert done.returncode == 2
-    assert done.stderr.startswith("osp: --") and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("osp: --")
+    assert done.stderr.count("\n") == 1
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path):
@@ -1080,7 +1081,8 @@ def real(tmp_path_factory):
 def test_every_run_leaves_curves_samples_and_a_model_card(finished):
     run = finished["osp"]
     first, last = run.lines[0], run.lines[-1]
-    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6] and run.summary["steps"] == 6
+    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
+    assert run.summary["steps"] == 6
     assert abs(first["kl"]) < 1e-4 and abs(first["margin"]) < 1e-5
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert [line["step"] for line in run.lines if "eval_kl" in line] == [4, 6]
@@ -1097,7 +1099,8 @@ def test_every_run_leaves_curves_samples_and_a_model_card(finished):
     for name in ("gold_reward", "win_rate_vs_sft", "response_tokens", "judge_accuracy"):
         assert f"{run.summary[name]:.3f}" in table
     arguments = json.loads((run.folder / "arguments.json").read_text())
-    assert arguments["num_generations"] == 4 and arguments["beta"] == 0.1
+    assert arguments["num_generations"] == 4
+    assert arguments["beta"] == 0.1
 
 
 def test_samples_of_later_steps_go_when_a_run_goes_on(tmp_path):
@@ -1108,14 +1111,16 @@ def test_samples_of_later_steps_go_when_a_run_goes_on(tmp_path):
         osp.write_samples(step, [pair.row], [found], [pair], args)
     text = (tmp_path / "samples.md").read_text()
     assert [part.split()[0] for part in text.split("## Step ")[1:]] == ["1", "4"]
-    assert text.index("score 0.700: c") < text.index("score 0.500: a b") and text.endswith("0.75\n")
+    assert text.index("score 0.700: c") < text.index("score 0.500: a b")
+    assert text.endswith("0.75\n")
 
 
 def test_max_steps_0_only_evaluates_and_arguments_json_is_the_first_file(tmp_path, monkeypatch):
     written, real = [], os.replace
     monkeypatch.setattr(os, "replace", lambda one, two: (written.append(Path(two).name), real(one, two)))
     found = run(tmp_path, "--max_steps 0")
-    assert written[0] == "arguments.json" and written[-1] == "summary.json"
+    assert written[0] == "arguments.json"
+    assert written[-1] == "summary.json"
     assert found.lines == [] and abs(found.summary["kl"]) < 1e-5
     assert same_weights(found.weights, weights_in(tmp_path / "sft"))
 
@@ -1138,8 +1143,10 @@ def test_figures_that_mean_nothing_are_warned_of(figures, warning):
 
 def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real):
     found = run(tmp_path, real[1], "--max_steps 2 --gradient_checkpointing")
-    assert found.summary["self_judged"] and found.summary["prompts"] == 12
-    assert "gold_reward" not in found.summary and "judge_accuracy" not in found.summary
+    assert found.summary["self_judged"]
+    assert found.summary["prompts"] == 12
+    assert "gold_reward" not in found.summary
+    assert "judge_accuracy" not in found.summary
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
     assert "self-judged: True" in found.said and "no SFT" in found.said
@@ -1162,7 +1169,8 @@ def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp
     monkeypatch.setattr(osp, "log_step", log)
     found = run(tmp_path, "--bf16 --max_steps 2 --micro_batch_size 8")
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
-    assert abs(found.lines[0]["margin"]) < 0.05 and abs(found.lines[0]["kl"]) < 0.3
+    assert abs(found.lines[0]["margin"]) < 0.05
+    assert abs(found.lines[0]["kl"]) < 0.3
     assert alive == [2, 2]
 
 
@@ -1411,7 +1419,8 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(K, shares)
         sources = [one.source for one in found]
         assert [sources.count(role) for role in ("policy", "reference", "start")] == shares
         assert sources[0] == "policy"  # the baseline of ranking is on-policy
-        assert [one.text for one in found[K:]] == said[step % 2] and sources[K:] == list(osp.HUMAN)
+        assert [one.text for one in found[K:]] == said[step % 2]
+        assert sources[K:] == list(osp.HUMAN)
         for one in found[K:]:
             assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
     [alone] = osp.respond(models.reference, models.tokenizer, rows, range(1, K, 3), 2, args)
@@ -1468,7 +1477,8 @@ def test_tso_on_a_real_model_without_human_responses(tmp_path, real):
     folder, words = real
     more = "--method tso --max_steps 2 --label_margin 1e-9 --eval_judge_name_or_path"
     found = run(tmp_path, words, more, str(folder / "model"))
-    assert len(found.lines) == 2 and found.said.count("no human responses") == 1
+    assert len(found.lines) == 2
+    assert found.said.count("no human responses") == 1
     assert not found.summary["self_judged"]
 
 
@@ -1487,7 +1497,8 @@ def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path)
     tmp_path /= "run"
     summary = osp.main(command(tmp_path, COLLECT))
     rows = labels_in(tmp_path)
-    assert summary["labels"] == 3 == len(rows) and summary["prompts"] == 12 == summary["prompts_kept"]
+    assert summary["labels"] == 3 == len(rows)
+    assert summary["prompts"] == 12 == summary["prompts_kept"]
     assert {(row["labeller"], row["chosen_from"]) for row in rows} == {("truth", "start")}
     read = osp.load_preferences(str(tmp_path / "preferences.jsonl"))
     assert read == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
@@ -1506,7 +1517,8 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch,
     monkeypatch.setattr("sys.stdin", io.StringIO("1\nx\ns\n2\nu\n"))  # as a human or a program would
     with stopped("2 answers are in .*the same command goes on", code=0):
         collect()  # the input ended, as with q
-    assert answers() == ["1", "s"] and "'x' is none of these keys" in capsys.readouterr().out
+    assert answers() == ["1", "s"]
+    assert "'x' is none of these keys" in capsys.readouterr().out
     first = labels_in(tmp_path)
     with monkeypatch.context() as patches:
         patches.setattr("builtins.input", mock.Mock(side_effect=["2", KeyboardInterrupt]))
@@ -1556,7 +1568,8 @@ def test_the_steps_of_collection_by_hand():
     """Prompts whose scores spread most are kept; the filter drops and counts."""
     scores = [[0.5, 0.5, 0.5], [0.1, 0.9, 0.5], [0.4, 0.6, 0.5], [0.5, 0.8, 0.5]]
     candidates = [[osp.Candidate([], "", score=score) for score in row] for row in scores]
-    assert osp.widest_spreads(candidates, 0.5) == [1, 3] and osp.widest_spreads(candidates, 0.01) == [1]
+    assert osp.widest_spreads(candidates, 0.5) == [1, 3]
+    assert osp.widest_spreads(candidates, 0.01) == [1]
     pairs = [pair_of(*texts) for texts in [
         ("a b c", "d e f", 0.7), ("a b c", "a b c"), ("a b c d", "a b c e", 0.7), ("a", "b", 0.52),
         ("c", "d", 0.3), ("e", "f", 0.97), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7), ("k l", "k m", 0.8)]]
@@ -2095,7 +2108,8 @@ def test_noisy_and_drawn_labels(monkeypatch):
     noisy, drawn, again = [
         noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True, True)]
     assert noisy[0] == pytest.approx(0.75 * 0.9 + 0.25 * 0.1)
-    assert set(drawn) == {0.0, 1.0} and np.mean(drawn) == pytest.approx(0.7, abs=0.02)
+    assert set(drawn) == {0.0, 1.0}
+    assert np.mean(drawn) == pytest.approx(0.7, abs=0.02)
     assert drawn == again
 
 
@@ -2134,7 +2148,8 @@ def test_every_variant_makes_a_step(name):
     models, rows, args = variant_world(label_margin=1e-6)
     before = weights_of(models.policy)
     metrics, _, _ = osp.train_step(models, rows, VARIANTS[name](args), 0, args)
-    assert json.dumps(metrics, allow_nan=False) and metrics["pairs"] > 0
+    assert json.dumps(metrics, allow_nan=False)
+    assert metrics["pairs"] > 0
     assert not torch.equal(before, weights_of(models.policy))
 
 
@@ -2405,11 +2420,14 @@ def draw_evidence(runs, judged, path):
 
 def test_figures_of_the_tables_by_hand():
     points = [(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9)]
-    assert gold_at_kl(points, 2.0) == pytest.approx(1.4) and gold_at_kl(points, 3.5) is None
-    assert spread([1.0, 2.0, None], 1) == "1.5 ± 0.7 (2 of 3)" and spread([None], 1) == ""
+    assert gold_at_kl(points, 2.0) == pytest.approx(1.4)
+    assert gold_at_kl(points, 3.5) is None
+    assert spread([1.0, 2.0, None], 1) == "1.5 ± 0.7 (2 of 3)"
+    assert spread([None], 1) == ""
     judged = [(0.9, 0.3, 0.7), (0.2, 0.6, 0.7), (0.5, 0.5, 0.5), (0.8, 0.4, 0.5)]
     figures = judge_summary(judged)  # of strengths 0.8, 0.3, 0.5 and 0.7
-    assert figures["judge_accuracy"] == 0.5 and figures["order_agreement"] == 1
+    assert figures["judge_accuracy"] == 0.5
+    assert figures["order_agreement"] == 1
     assert figures["judge_calibration_error"] == pytest.approx((0.1 + 0.4 + 0 + 0.2) / 4)
 
 
