@@ -548,7 +548,7 @@ def optimizer_step(models, loss, where, args):
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise Stop(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
-                   "lower the learning rate, or go back with --resume_from_checkpoint latest.", code=1)
+                   "start again with a lower learning rate.", code=1)
     models.optimizer.step()
     models.scheduler.step()
     models.optimizer.zero_grad()
@@ -646,7 +646,8 @@ def train(models, data, method, args, seconds):
             if step in (0, steps // 2, steps - 1):
                 write_samples(step + 1, rows, candidates, pairs, args)
             log_step(metrics, show, args)
-    save_model(models, args.output_dir)
+    with writing(args.output_dir):
+        save_model(models, args.output_dir)
     evaluation = evaluation or evaluate(models, data.held_out, data.gold, args)
     return report(evaluation | seconds, models, data, args)
 
@@ -662,6 +663,7 @@ class Method:
     figures: Callable = lambda pairs, reward_1, reward_2: {}  # what else to log of a step
     after_step: Callable = lambda models, step, args: None
     moves_reference: bool = False  # whether after_step does; the reference is then a model of its own
+    others: Sequence = ()  # (model, tokenizer)s of its own, which must be able to read the prompts
     run: Callable = train  # what is done with the models
 
 
@@ -675,9 +677,9 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     path, resumed = open_run(args)
     policy, tokenizer = load_model(path, args)
-    eval_judge = frozen(args.eval_judge_name_or_path, args) if args.eval_judge_name_or_path else None
+    others = [frozen(args.eval_judge_name_or_path, args)] if args.eval_judge_name_or_path else []
     method = METHODS[args.method](args)
-    data = load_data(policy, tokenizer, eval_judge, args)
+    data = load_data([(policy, tokenizer), *others, *method.others], args)
     begin_run(resumed, args)  # all input was checked: from here on files are written
 
     models = Models(tokenizer, placed(policy, args))
@@ -689,7 +691,7 @@ def main(argv: list[str] | None = None) -> dict:
     models.judge = models.reference = models.start
     if method.moves_reference:
         models.reference, _ = frozen(path, args)
-    models.eval_judge = eval_judge or (models.start, tokenizer)
+    models.eval_judge = others[0] if others else (models.start, tokenizer)
     return method.run(models, data, method, args, seconds)
 
 
@@ -723,7 +725,7 @@ def parse_arguments(argv):
     for name, value in vars(args).items():
         bound = f"at least {LEAST[name]}" if name in LEAST else "above 0"
         if type(value) in (int, float) and not LEAST.get(name, 1e-12) <= value < 2**32:
-            refuse(f"--{name} is {value}: it must be {bound}")
+            refuse(f"--{name} is {value}: it must be {bound}, and below 2**32")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
     try:
@@ -850,8 +852,9 @@ def timed(seconds, stage):
 
 def log_step(metrics, show, args):
     """Adds a step's line to metrics.jsonl, and shows the figures that matter on the progress bar."""
+    path = args.output_dir / "metrics.jsonl"
     if RANK == 0:
-        with (args.output_dir / "metrics.jsonl").open("a") as file:
+        with writing(path), path.open("a") as file:
             file.write(json.dumps(metrics, allow_nan=False) + "\n")
     text = "loss {loss:.3f}, strength {strength_mean:.2f}, margin {margin:.2f}, KL {kl:.2f}"
     show(text.format(**metrics) if metrics["pairs"] else "no pair was left, so no update was made")
@@ -866,7 +869,8 @@ def write_samples(step, rows, candidates, pairs, args):
         text += f"\n{quoted(transcript(row.prompt))}\n\n"
         for one in sorted(found, key=lambda one: -one.score):
             text += f"* score {one.score:.3f}: {' '.join(one.text.split())}\n"
-        strengths = [str(pair.strength)[:5] for pair in pairs if pair.row.index == row.index]
+        strengths = [pair.strength for pair in pairs if pair.row.index == row.index]
+        strengths = ["dropped" if p is None else f"{p:.3f}" for p in strengths]
         text += f"\nStrengths, from best over worst inwards: {', '.join(strengths)}\n"
     write_text(path, text)
 
@@ -941,8 +945,8 @@ def report_table(summary, method):
 # 14. Save and resume ------------------------------------------------------------------------------
 FULL = dcp.StateDictOptions(full_state_dict=True, cpu_offload=True)  # whole tensors, on process 0's CPU
 RUN_FILES = (
-    "metrics.jsonl samples.md curves.png summary.json README.md sft "
-    "questions.json answers.json preferences.jsonl").split()
+    "metrics.jsonl samples.md curves.png summary.json README.md sft questions.json answers.json "
+    "preferences.jsonl config.json generation_config.json model* tokenizer* chat_template*").split()
 MAY_CHANGE = "output_dir overwrite_output_dir resume_from_checkpoint save_steps save_total_limit".split()
 
 
@@ -951,9 +955,10 @@ def open_run(args):
     output, start = args.output_dir, args.model_name_or_path
     goes_on = args.resume_from_checkpoint or args.method == "collect" and not args.overwrite_output_dir
     is_ours, finished = (output / "arguments.json").exists(), (output / "summary.json").exists()
-    folders = [output.resolve(), Path(start or os.devnull).resolve()]
-    if Path(os.path.commonpath(folders)) in folders:
-        refuse(f"--output_dir {output} and the model {start} lie in one another: give another folder")
+    for name in filter(os.path.exists, filter(None, (start, args.dataset_name))):
+        folders = [output.resolve(), Path(name).resolve()]
+        if Path(os.path.commonpath(folders)) in folders:
+            refuse(f"--output_dir {output} and {name} lie in one another: give another --output_dir")
     if goes_on and is_ours and not finished:
         then = json.loads((output / "arguments.json").read_text())
         changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
@@ -964,7 +969,8 @@ def open_run(args):
         return str(output / "sft") if (output / "sft").exists() else start, True
     if output.is_dir() and any(output.iterdir()) and not (is_ours and args.overwrite_output_dir):
         refuse(f"{output} already holds a run, or other files: give another --output_dir, replace a run "
-               "with --overwrite_output_dir, or go on with one with --resume_from_checkpoint latest")
+               "with --overwrite_output_dir, or go on with an unfinished one with "
+               "--resume_from_checkpoint latest")
     return start, False
 
 
@@ -973,7 +979,8 @@ def begin_run(resumed, args):
     collected([])  # waits: none may write before all have looked
     old = list(args.output_dir.glob(".*.partial"))
     if not resumed:
-        old += [args.output_dir / name for name in RUN_FILES]
+        for name in RUN_FILES:
+            old += args.output_dir.glob(name)
         old += checkpoints(args, "checkpoint") + checkpoints(args, "sft-checkpoint")
     for path in old:
         remove(path)
@@ -992,17 +999,25 @@ def checkpoints(args, name):
 
 
 @contextmanager
+def writing(path):
+    """Raises Stop where what the block writes to `path` cannot be written."""
+    try:
+        yield
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # ValueError: NaN in JSON
+        raise Stop(f"Cannot write {str(path)!r} ({cause(error)}): make room and go on with "
+                   "--resume_from_checkpoint latest, or give another --output_dir.", code=1) from error
+
+
+@contextmanager
 def written_whole(path):
     """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises Stop."""
     scratch = path.with_name(f".{path.name}.partial")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield scratch
-        if RANK == 0:
-            os.replace(scratch, path)
-    except (OSError, RuntimeError, SafetensorError) as error:  # Python's, torch's, safetensors'
-        raise Stop(f"Cannot write {str(path)!r} ({cause(error)}): make room and go on with "
-                   "--resume_from_checkpoint latest, or give another --output_dir.", code=1) from error
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield scratch
+            if RANK == 0:
+                os.replace(scratch, path)
     finally:
         remove(scratch)
 
@@ -1283,19 +1298,22 @@ COLUMNS = set("prompt question system chosen rejected info summaries choice".spl
 Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood ood_pairs gold")
 
 
-def load_data(model, tokenizer, eval_judge, args):
-    """The Data of this run. Raises Stop."""
-    builtin, held_out_prompts = args.dataset_name is None, set()
-    limit = min(context_length(model), context_length((eval_judge or [model])[0]))
+def load_data(readers, args):
+    """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
+    Raises Stop."""
+    builtin, held_out_prompts, tokenizer = args.dataset_name is None, set(), readers[0][1]
+    limit = min(context_length(model) for model, _ in readers)
     def unfit(prompt, *_):
         if transcript(prompt) in held_out_prompts:
             return "its prompt is held out"
+        questions = []
         try:
-            framed(tokenizer, prompt)
-            [question] = encode_questions(tokenizer, [prompt], [""], [""])
-        except jinja2.TemplateError:
+            for _, one in readers:
+                framed(one, prompt)
+                questions += encode_questions(one, [prompt], [""], [""])
+        except (jinja2.TemplateError, TypeError):
             return "the chat template refuses it"
-        if len(question) + 2 * args.max_new_tokens > limit:
+        if max(map(len, questions)) + 2 * args.max_new_tokens > limit:
             return f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"
 
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
@@ -1314,7 +1332,8 @@ def load_data(model, tokenizer, eval_judge, args):
     for rows in (held_out, ood):
         sets += [distinct_prompts(tokenizer, rows, args.num_eval_prompts),
                  [row for row in rows[: args.num_eval_pairs] if len(row) > 1]]
-    has_pairs = len(held_out[0]) > 1
+    names = set(train.column_names)
+    has_pairs = "summaries" in names or {"chosen", "rejected"} <= names
     if args.sft and not has_pairs:
         refuse("--sft True needs chosen and rejected responses, and the data has none")
     sft = has_pairs and args.sft is not False
@@ -1416,7 +1435,7 @@ def parse_row(raw):
     """A raw row of any known format -> (prompt, chosen, rejected) or (prompt,); or why it is dropped."""
     try:
         prompt = raw.get("prompt", raw.get("question"))
-        if raw.get("system") and isinstance(prompt, str):
+        if raw.get("system") and prompt:
             prompt = [{"role": "system", "content": raw["system"]}, *as_messages(prompt)]
         if "summaries" in raw:
             row = parse_tldr(raw["info"], raw["summaries"], raw["choice"])
@@ -1473,7 +1492,7 @@ def parse_pair(prompt, chosen, rejected):
     if [turn["role"] for turn in answers] != ["assistant", "assistant"]:
         return "the responses are not one assistant's message each"
     prompt = as_messages(prompt or [])
-    if shared[: len(prompt)] == prompt:
+    if prompt in (shared[: len(prompt)], shared[len(shared) - len(prompt):]):
         prompt = shared
     elif prompt[len(prompt) - len(shared):] != shared:
         prompt = prompt + shared
@@ -1589,26 +1608,27 @@ HUMAN = ("chosen by a human", "rejected by a human")  # sources of the data's ow
 
 def tso(args):
     """Self-Training with Scaled Preference Optimization. Its parts are published, the formulas ours."""
-    return Method(sample=matrix_sampler(["policy", "reference", "start"], args, with_human=True),
-                  strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
-                  figures=functools.partial(tso_figures, clip=args.dual_clip), after_step=move_reference,
-                  moves_reference=True)
+    return matrix_method(
+        ["policy", "reference", "start"], args, with_human=True, strength=corrected_labels,
+        loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
+        figures=functools.partial(tso_figures, clip=args.dual_clip),
+        after_step=move_reference, moves_reference=True)
 
 
-def matrix_sampler(roles, args, with_human):
-    """The stage `sample` of a matrix: these roles and --matrix_model_names_or_paths respond in turn;
+def matrix_method(roles, args, with_human, **stages):
+    """A Method with a matrix as `sample`: these roles and --matrix_model_names_or_paths respond in turn;
     then come a human's chosen and rejected response, if the prompt has any. Raises Stop. Source: TSO for
     the matrix and human responses. Reconstruction: its members, in equal shares of K."""
-    others = [(name, *frozen(name, args)) for name in args.matrix_model_names_or_paths]
+    others = [frozen(name, args) for name in args.matrix_model_names_or_paths]
     size = len(roles) + len(others)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
     def sample(models, rows, step, args):
         if step == 0 and with_human and not any(row.responses for row in rows):
             print("The data has no human responses: the models' alone are used.")
-        members = [(role, getattr(models, role), models.tokenizer) for role in roles] + others
-        candidates = [[] for _ in rows]
-        for i, (source, model, tokenizer) in enumerate(members):
+        members = [(getattr(models, role), models.tokenizer) for role in roles] + others
+        candidates, sources = [[] for _ in rows], roles + args.matrix_model_names_or_paths
+        for i, (source, (model, tokenizer)) in enumerate(zip(sources, members)):
             ks = range(i, args.num_generations, size)
             for own, more in zip(candidates, respond(model, tokenizer, rows, ks, step, args, source)):
                 own += more
@@ -1621,7 +1641,7 @@ def matrix_sampler(roles, args, with_human):
                     text = [row.prompt], [one.text]
                     [one.ids] = encode_responses(models.tokenizer, *text, args.max_new_tokens)
         return candidates
-    return sample
+    return Method(sample=sample, others=others, **stages)
 
 
 def corrected_labels(models, pairs, args):
@@ -1665,8 +1685,6 @@ def move_reference(models, step, args):
 def collect(models, data, method, args, seconds):
     """Prompts, responses, filter, labels: each saves human labour in the next. Writes preferences.jsonl;
     returns what each step left. Source: the paper for the steps. Reconstruction: how."""
-    if WORLD > 1:
-        refuse("--method collect asks one human: run it in one process")
     saved = args.output_dir / "questions.json"
     if not saved.exists():
         candidates, pairs = make_pairs(models, data.rows, method, 0, args, seconds)
@@ -1676,7 +1694,8 @@ def collect(models, data, method, args, seconds):
         write_text(saved, json.dumps([questions, counts]))
     questions, counts = json.loads(saved.read_text())
     if not questions:
-        refuse("No pair is left to ask about: give more prompts, or wider bounds")
+        refuse("No pair is left to ask about: give more prompts, or wider bounds, and "
+               "--overwrite_output_dir")
     answers = ask_human(questions, data.gold, args)
     counts |= {"labels": len(answers) - answers.count("s"), "skipped": answers.count("s")}
     write_text(args.output_dir / "summary.json", json.dumps(counts, indent=2))
@@ -1684,8 +1703,14 @@ def collect(models, data, method, args, seconds):
     return counts
 
 
-METHODS["tso"] = tso
-METHODS["collect"] = lambda args: Method(sample=matrix_sampler(["start"], args, False), run=collect)
+def collecting(args):
+    """The stages of training, of which the first four are run once."""
+    if WORLD > 1:
+        refuse("--method collect asks one human: run it in one process")
+    return matrix_method(["start"], args, with_human=False, run=collect)
+
+
+METHODS |= {"tso": tso, "collect": collecting}
 
 
 def widest_spreads(candidates, share):
@@ -1728,18 +1753,21 @@ def ask_human(questions, gold, args):
     preferences.jsonl before the next question. On the built-in task the truth answers."""
     path = args.output_dir / "answers.json"
     answers = json.loads(path.read_text()) if path.exists() else []
-    while len(answers) < len(questions) and len(answers) - answers.count("s") < args.num_labels:
-        asked = questions[len(answers)]
+    while len(answers) < len(questions):
+        asked, labels = questions[len(answers)], len(answers) - answers.count("s")
+        if labels == args.num_labels:
+            break
         if gold:
             p = true_strength(asked["prompt"], asked["one"], asked["two"])
             answer = "1" if np.random.default_rng((args.seed, len(answers))).random() < p else "2"
         else:
-            answer = read_answer(asked, f"{len(answers)} of {args.num_labels}")
+            answer = read_answer(asked, f"{labels} of {args.num_labels}")
         if answer == "q":
-            raise Stop(f"{len(answers)} answers are in {path}; the same command goes on there.", code=0)
+            raise Stop(f"{len(answers)} answers are in {path}; the same command, without "
+                       "--overwrite_output_dir, goes on there.", code=0)
         answers = answers[:-1] if answer == "u" else [*answers, answer]
-        write_text(path, json.dumps(answers))
         write_preferences(zip(questions, answers), "truth" if gold else "human", args)
+        write_text(path, json.dumps(answers))
     return answers
 
 

@@ -717,6 +717,8 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "chat prompt, text responses": ({"prompt": chat("q")} | texts(), chat("q")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
     "orca without system": ({"system": "", "question": "q"} | texts(), "q"),
+    "system beside messages": ({"prompt": chat("q"), "system": "s"} | texts(), [SYSTEM, *chat("q")]),
+    "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "system beside a prompt": ({"prompt": "q", "system": "s"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
     "prompts": ({"prompt": "q"}, "q"),
@@ -768,10 +770,10 @@ def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expec
         osp.load_preferences(str(path))
 
 
-def data_of(path, more="", tokenizer=BYTES):
-    """The Data that a run of a tiny model would have."""
+def data_of(path, more="", tokenizer=BYTES, others=()):
+    """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
-    return osp.load_data(rotary(len(tokenizer)), tokenizer, None, args)
+    return osp.load_data([(rotary(len(tokenizer)), tokenizer), *others], args)
 
 
 def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch, capsys):
@@ -793,17 +795,28 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch, capsys)
     assert len(osp.load_preferences(path)) == 10_000
 
 
+@pytest.mark.parametrize("train, test", [("prompts", "hh"), ("hh", "prompts")])
+def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
+    """SFT goes by the rows to train on, the judge's figures by those that are held out."""
+    splits = {"train": train, "test": test}
+    splits = {split: datasets.Dataset.from_list([FORMATS[name][0]]) for split, name in splits.items()}
+    datasets.DatasetDict(splits).save_to_disk(tmp_path)
+    data = data_of(tmp_path)
+    assert [bool(part) for part in data[:4]] == [train == "hh", True, True, test == "hh"]
+
+
 def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     tokenizer = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
     bad = [[SYSTEM, *chat("hi")], chat("the cat sat on the mat " * 200), chat("held")]
     write_lines(tmp_path / "test.jsonl", [{"prompt": chat("held")}])
     write_lines(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in [*bad, chat("hi")]])
-    data = data_of(tmp_path, tokenizer=tokenizer)
-    assert [row.prompt for row in data.rows + data.held_out] == [chat("hi"), chat("held")]
-    said = capsys.readouterr().out
-    for why in ("the chat template refuses it", "too long", "its prompt is held out"):
-        assert f"1 dropped: {why}" in said
+    for own, others in ((tokenizer, []), (BYTES, [(rotary(), tokenizer)])):
+        data = data_of(tmp_path, "", own, others)
+        assert [row.prompt for row in data.rows + data.held_out] == [chat("hi"), chat("held")]
+        said = capsys.readouterr().out
+        for why in ("the chat template refuses it", "too long", "its prompt is held out"):
+            assert f"1 dropped: {why}" in said
     write_lines(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in bad])
     with stopped("No training row is left .1 dropped.*1 dropped.*1 dropped"):
         data_of(tmp_path, tokenizer=tokenizer)
@@ -1107,12 +1120,13 @@ def test_samples_of_later_steps_go_when_a_run_goes_on(tmp_path):
     args = osp.Arguments(output_dir=tmp_path)
     found = [osp.Candidate([3], "a\nb", score=0.5), osp.Candidate([4], "c", score=0.7)]
     pair = pair_of(found[1], found[0], 0.75)
+    pairs = [pair, pair_of(*found, 1.2e-5), pair_of(*found, None)]
     for step in (1, 4, 6, 4):
-        osp.write_samples(step, [pair.row], [found], [pair], args)
+        osp.write_samples(step, [pair.row], [found], pairs, args)
     text = (tmp_path / "samples.md").read_text()
     assert [part.split()[0] for part in text.split("## Step ")[1:]] == ["1", "4"]
     assert text.index("score 0.700: c") < text.index("score 0.500: a b")
-    assert text.endswith("0.75\n")
+    assert text.endswith("0.750, 0.000, dropped\n")
 
 
 def test_max_steps_0_only_evaluates_and_arguments_json_is_the_first_file(tmp_path, monkeypatch):
@@ -1292,6 +1306,9 @@ def test_a_damaged_checkpoint_is_named_with_the_older_ones(tmp_path, finished):
 def test_a_full_disk_costs_no_older_checkpoint(tmp_path, monkeypatch, finished):
     """Nor does a checkpoint that the user deleted."""
     folder, save_model = killed_at_its_end(finished["osp"], tmp_path / "run"), osp.save_model
+    with monkeypatch.context() as patches, stopped("Cannot write .*run'.*make room", code=1):
+        patches.setattr(osp, "save_model", mock.Mock(side_effect=OSError(28, "No space left")))
+        run(folder, GO_ON)  # only the final model is left to write
     shutil.rmtree(folder / "checkpoint-4")
     for error in (OSError(28, "No space left"), RuntimeError("torch's"), osp.SafetensorError("safetensors'")):
 
@@ -1319,8 +1336,10 @@ def test_nothing_written_is_lost_by_a_mistake(tmp_path, finished):
         with stopped("already holds|nowhere|checkpoint-9"):
             run(folder, more)
         assert sorted(path.name for path in folder.iterdir()) == before
+    (folder / "chat_template.jinja").write_text("of another model")
     assert run(folder, "--overwrite_output_dir --max_steps 1").summary["steps"] == 1
     assert not (folder / "checkpoint-4").exists()
+    assert not (folder / "chat_template.jinja").exists()
     (tmp_path / "file").write_text("")
     with stopped("Cannot write .*--output_dir", code=1):
         run(tmp_path / "file" / "run")
@@ -1515,7 +1534,7 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch,
         return json.loads((tmp_path / "answers.json").read_text())
 
     monkeypatch.setattr("sys.stdin", io.StringIO("1\nx\ns\n2\nu\n"))  # as a human or a program would
-    with stopped("2 answers are in .*the same command goes on", code=0):
+    with stopped("2 answers are in .*the same command, without --overwrite.*, goes on", code=0):
         collect()  # the input ended, as with q
     assert answers() == ["1", "s"]
     assert "'x' is none of these keys" in capsys.readouterr().out
@@ -1534,8 +1553,10 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch,
     assert collect()["labels"] == 3
     rows = labels_in(tmp_path)
     assert rows[: len(first)] == first and len(rows) == 3 and {row["labeller"] for row in rows} == {"human"}
-    with stopped("already holds a run"):
+    with stopped("already holds a run.*unfinished"):
         collect()
+    with stopped("lie in one another"):
+        collect(f"--overwrite_output_dir --dataset_name {tmp_path / 'preferences.jsonl'}")
 
 
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT, st.sampled_from("12s")), min_size=1, max_size=5))
@@ -2019,7 +2040,7 @@ def changed(method, **stages):
 def tso_sampling(roles, with_human):
     """TSO with another model matrix."""
     return lambda args: dataclasses.replace(
-        osp.tso(args), sample=osp.matrix_sampler(roles, args, with_human))
+        osp.tso(args), sample=osp.matrix_method(roles, args, with_human).sample)
 
 
 OSP = osp.METHODS["osp"]
@@ -2459,7 +2480,7 @@ def collected_labels(name, models, prompts, args):
     no filter chooses among a prompt's pairs, it has one, a random one."""
     roles, options = COLLECTIONS[name]
     args, rng = dataclasses.replace(args, **options), np.random.default_rng(args.seed)
-    method = osp.Method(sample=osp.matrix_sampler(roles, args, False))
+    method = osp.matrix_method(roles, args, with_human=False)
     if args.min_strength == 0.5:
         method = dataclasses.replace(method, pair=lambda scores: [rng.permutation(len(scores))[:2]])
     rows = osp.distinct_prompts(models.tokenizer, prompts, args.num_train_prompts)
