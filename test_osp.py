@@ -2286,8 +2286,8 @@ NOISE = {"noisy_00": "strengths", "drawn_00": "drawn labels", "noisy_20": "stren
          "drawn_20": "drawn, 20% noise", "noisy_40": "strengths, 40% noise", "drawn_40": "drawn, 40% noise"}
 FIGURES = {"win_rate_vs_sft": 3, "ood_win_rate_vs_sft": 3, "gold_reward": 2, "gold_at_KL_2": 2, "kl": 1,
            "distinct_fraction": 3, "response_tokens": 1}  # a key of summary.json -> its digits
-THIRDS = {"best_gold": 2, "gold_1/3": 2, "KL_1/3": 1, "gold_2/3": 2, "KL_2/3": 1, "gold_3/3": 2,
-          "KL_3/3": 1, "distinct_fraction": 3}
+THIRDS = {"win_rate_vs_sft": 3, "ood_win_rate_vs_sft": 3, "best_gold": 2, "gold_1/3": 2, "gold_2/3": 2,
+          "gold_3/3": 2, "KL_3/3": 1}
 JUDGED = {"data": "the data's pairs", "sft": "two responses of SFT", "policy": "two of the policy"}
 JUDGE_FIGURES = {"judge_accuracy": 3, "judge_calibration_error": 3, "order_agreement": 3}
 
@@ -2323,7 +2323,7 @@ def spread(values, digits):
     there = [value for value in values if value is not None]
     if not there:
         return ""
-    text = f"{np.mean(there):.{digits}f} ± {np.std(there, ddof=len(there) > 1):.{digits}f}"
+    text = f"{np.mean(there):.{digits}f}±{np.std(there, ddof=len(there) > 1):.{digits}f}"
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
@@ -2382,9 +2382,7 @@ def judge_summary(judged):
 def print_evidence(folder):
     """What `make evidence` prints and draws."""
     runs = finished_runs(folder, "summary.json")
-    print_table("27 epochs", LONG, THIRDS, runs)
-    print_table("prompts, at the same 117 steps", SIZES, FIGURES, runs)
-    print_table("one fixed set of pairs, 18 epochs", NOISE, THIRDS, runs)
+    print_table("variation", [*LONG, *SIZES, *NOISE], THIRDS, runs)
     judged = [judged_pairs(run["folder"]) for run in runs["spce"]]
     by_source = {source: [judge_summary(one[source]) for one in judged] for source in JUDGED}
     print_table("the frozen judge on", JUDGED, JUDGE_FIGURES, by_source)
@@ -2431,6 +2429,7 @@ def draw_evidence(runs, judged, path):
     draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
     draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
     draw_curves(noise, "noisy labels on one fixed set of pairs", NOISE, runs, 0)
+    noise.set_ylim(-0.8)  # room for the legend
     draw_reliability(judge, judged)
     for axes in (long, tso, noise, judge):
         axes.legend(frameon=False, fontsize=8)
@@ -2443,7 +2442,7 @@ def test_figures_of_the_tables_by_hand():
     points = [(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9)]
     assert gold_at_kl(points, 2.0) == pytest.approx(1.4)
     assert gold_at_kl(points, 3.5) is None
-    assert spread([1.0, 2.0, None], 1) == "1.5 ± 0.7 (2 of 3)"
+    assert spread([1.0, 2.0, None], 1) == "1.5±0.7 (2 of 3)"
     assert spread([None], 1) == ""
     judged = [(0.9, 0.3, 0.7), (0.2, 0.6, 0.7), (0.5, 0.5, 0.5), (0.8, 0.4, 0.5)]
     figures = judge_summary(judged)  # of strengths 0.8, 0.3, 0.5 and 0.7
