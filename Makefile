@@ -12,9 +12,10 @@ BIN := .venv/bin
 export MALLOC_TRIM_THRESHOLD_ := 1000000000
 export MALLOC_MMAP_THRESHOLD_ := 1000000000
 
-# A second `make run` replaces the first one's folder, but never the run of a model or in a folder that ARGS names.
+# A second `make run` replaces the first one's folder, but never the run of a model or in a folder that ARGS names, and
+# none that is to go on.
 run: $(BIN)/ready
-	$(BIN)/python osp.py $(if $(findstring model,$(ARGS))$(findstring output,$(ARGS)),,--overwrite_output_dir) $(ARGS)
+	$(BIN)/python osp.py $(if $(findstring model,$(ARGS))$(findstring output,$(ARGS))$(findstring resume,$(ARGS)),,--overwrite_output_dir) $(ARGS)
 
 smoke: $(BIN)/ready
 	$(BIN)/python osp.py --output_dir runs/smoke --overwrite_output_dir --sft_max_steps 20 --sft_batch_size 8 \

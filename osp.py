@@ -91,7 +91,7 @@ class Arguments:
     num_train_prompts: int = 200  # distinct prompts to train on
     prompts_per_step: int = 16  # B, the prompts of a step, of all processes together
     num_train_epochs: int = 3  # passes over these prompts
-    max_steps: int = -1  # end after so many steps; -1: after the epochs; 0: only evaluate
+    max_steps: int = -1  # end after so many steps; -1: after the epochs; 0: only SFT and evaluation
     learning_rate: float = 1e-6  # peak learning rate
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # form
     warmup_steps: float = 0.1  # steps of warm-up; below 1: their share of all steps
@@ -968,9 +968,12 @@ def open_run(args):
                    "give the same, or another --output_dir")
         return str(output / "sft") if (output / "sft").exists() else start, True
     if output.is_dir() and any(output.iterdir()) and not (is_ours and args.overwrite_output_dir):
-        refuse(f"{output} already holds a run, or other files: give another --output_dir, replace a run "
-               "with --overwrite_output_dir, or go on with an unfinished one with "
-               "--resume_from_checkpoint latest")
+        ways = "give another --output_dir"
+        if is_ours:
+            ways += ", or replace it with --overwrite_output_dir"
+        if is_ours and not finished:
+            ways += ", or go on with it with --resume_from_checkpoint latest"
+        refuse(f"{output} already holds {'a run' if is_ours else 'other files'}: {ways}")
     return start, False
 
 
@@ -1314,7 +1317,7 @@ def load_data(readers, args):
         except (jinja2.TemplateError, TypeError):
             return "the chat template refuses it"
         if max(map(len, questions)) + 2 * args.max_new_tokens > limit:
-            return f"too long, with two responses of {args.max_new_tokens}, for {limit} tokens"
+            return f"too long for {limit} tokens with two responses of --max_new_tokens"
 
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     train = take_split(splits, args.dataset_train_split, "dataset_train_split").shuffle(seed=args.seed)
@@ -1394,7 +1397,8 @@ def read_dataset(name, config=None, data_dir=None):
     try:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             data = datasets.load_from_disk(name)
-        elif path.is_file():
+        elif path.is_file() or path.suffix in (".json", ".jsonl", ".gz", ".parquet"):
+            path.stat()  # else a file that is not there would be looked for on the Hub
             kind = "parquet" if ".parquet" in path.suffixes else "json"
             data = datasets.load_dataset(kind, data_files=name)
         else:
@@ -1699,7 +1703,8 @@ def collect(models, data, method, args, seconds):
     answers = ask_human(questions, data.gold, args)
     counts |= {"labels": len(answers) - answers.count("s"), "skipped": answers.count("s")}
     write_text(args.output_dir / "summary.json", json.dumps(counts, indent=2))
-    print(f"{counts}\n--dataset_name {args.output_dir / 'preferences.jsonl'} trains on these labels.")
+    print(f"{counts}\n{counts['labels']} labels of {args.num_labels} wanted; to train on them:",
+          "--dataset_name", args.output_dir / "preferences.jsonl")
     return counts
 
 
