@@ -1553,7 +1553,7 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch,
     assert collect()["labels"] == 3
     rows = labels_in(tmp_path)
     assert rows[: len(first)] == first and len(rows) == 3 and {row["labeller"] for row in rows} == {"human"}
-    with stopped("already holds a run: give another --output_dir, or replace it with --overwrite_output_dir.$"):
+    with stopped("already holds a run: give .*, or replace it with --overwrite_output_dir.$"):
         collect()
     with stopped("lie in one another"):
         collect(f"--overwrite_output_dir --dataset_name {tmp_path / 'preferences.jsonl'}")
