@@ -296,11 +296,12 @@ def forward(model, ids, mask, keep=0, cache=None):
 def prefill(model, prompt_ids):
     """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T). Equal
     prompts are computed once; all responses to one send their gradients through that computation."""
-    distinct = list(dict.fromkeys(map(tuple, prompt_ids)))
-    ids, mask = padded(distinct, [[]] * len(distinct), model.device)
+    distinct = {}  # prompt -> its row
+    rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
+    ids, mask = padded(list(distinct), [[]] * len(distinct), model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
-    rows = torch.tensor([distinct.index(tuple(ids)) for ids in prompt_ids], device=model.device)
+    rows = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
     return cache, logits[rows], mask[rows]
 
@@ -798,15 +799,27 @@ def judge_figures(models, texts, gold, args):
     """The judge on (prompt, chosen, rejected)s: against the truth if it is known, else the labels."""
     verdicts = ask_judge(models.judge, models.tokenizer, own_share(texts), args)
     p_12, p_21 = [torch.tensor(collected(p_a.tolist())) for p_a in verdicts]
+    truth = torch.tensor([true_strength(*text) for text in texts]) if gold else None
+    return verdict_figures(p_12, p_21, truth) | {"judge_pairs": len(texts)}
+
+
+def verdict_figures(p_12, p_21, truth=None):
+    """Both orders' Pr(A) of (chosen, rejected)s, and the true strengths if they are known, (P,) each
+    -> the judge's figures."""
     strength = averaged_strength(p_12, p_21)
-    truth = torch.tensor([true_strength(*text) if gold else 1.0 for text in texts])
-    right, agree = same_side(strength, truth), same_side(p_12, 1 - p_21)[p_12 != p_21]
-    figures = means(judge_accuracy=right[truth != 0.5], order_agreement=agree)
-    figures["judge_pairs"] = len(texts)
-    if gold:
-        return figures | means(judge_calibration_error=(strength - truth).abs())
-    confidence = torch.maximum(strength, 1 - strength)
-    return figures | {"judge_ece": expected_calibration_error(confidence, right)}
+    figures = means(order_agreement=orders_agree(p_12, p_21))
+    if truth is None:
+        right, confidence = same_side(strength, torch.ones(())), torch.maximum(strength, 1 - strength)
+        figures["judge_ece"] = expected_calibration_error(confidence, right)
+    else:
+        right = same_side(strength, truth)[truth != 0.5]
+        figures |= means(judge_calibration_error=(strength - truth).abs())
+    return figures | means(judge_accuracy=right)
+
+
+def orders_agree(p_12, p_21):
+    """1 where both orders name one winner, 0 where not; pairs of equal verdicts are left out."""
+    return same_side(p_12, 1 - p_21)[p_12 != p_21]
 
 
 def same_side(one, two):
@@ -825,7 +838,7 @@ def step_figures(models, candidates, pairs, method, args):
     kept = [pair for pair in pairs if pair.strength is not None]
     identical = sum(pair.better.ids == pair.worse.ids for pair in pairs)
     p_12, p_21 = torch.tensor([pair.verdicts for pair in pairs if pair.verdicts]).reshape(-1, 2).T
-    figures = means(order_agreement=same_side(p_12, 1 - p_21)[p_12 != p_21])
+    figures = means(order_agreement=orders_agree(p_12, p_21))
     figures |= described(models, sum(candidates, []))
     figures |= {"pairs": len(kept), "dropped_identical_pairs": identical,
                 "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
@@ -954,12 +967,13 @@ def open_run(args):
     """The start model, and whether the run of --output_dir goes on. Raises Stop; writes nothing."""
     output, start = args.output_dir, args.model_name_or_path
     goes_on = args.resume_from_checkpoint or args.method == "collect" and not args.overwrite_output_dir
-    is_ours, finished = (output / "arguments.json").exists(), (output / "summary.json").exists()
+    is_ours = (output / "arguments.json").exists()
+    unfinished = is_ours and not (output / "summary.json").exists()
     for name in filter(os.path.exists, filter(None, (start, args.dataset_name))):
         folders = [output.resolve(), Path(name).resolve()]
         if Path(os.path.commonpath(folders)) in folders:
             refuse(f"--output_dir {output} and {name} lie in one another: give another --output_dir")
-    if goes_on and is_ours and not finished:
+    if goes_on and unfinished:
         then = json.loads((output / "arguments.json").read_text())
         changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
                    if name not in MAY_CHANGE and then.get(name) != value]
@@ -971,7 +985,7 @@ def open_run(args):
         ways = "give another --output_dir"
         if is_ours:
             ways += ", or replace it with --overwrite_output_dir"
-        if is_ours and not finished:
+        if unfinished:
             ways += ", or go on with it with --resume_from_checkpoint latest"
         refuse(f"{output} already holds {'a run' if is_ours else 'other files'}: {ways}")
     return start, False
@@ -1096,6 +1110,7 @@ def resumable_steps(name, steps, models, args):
     """The steps that are left, each with a function that shows a text on the progress bar. A checkpoint
     follows if one is due, or if any process got Ctrl-C or SIGTERM, which ends the run. Raises Stop."""
     def notice(number, _):
+        """Meets a signal: the first one is remembered, another one quits."""
         if signals:
             raise KeyboardInterrupt
         signals.append(number)
@@ -1307,6 +1322,7 @@ def load_data(readers, args):
     builtin, held_out_prompts, tokenizer = args.dataset_name is None, set(), readers[0][1]
     limit = min(context_length(model) for model, _ in readers)
     def unfit(prompt, *_):
+        """Why a row is dropped; None if it is not."""
         if transcript(prompt) in held_out_prompts:
             return "its prompt is held out"
         questions = []
@@ -1335,8 +1351,7 @@ def load_data(readers, args):
     for rows in (held_out, ood):
         sets += [distinct_prompts(tokenizer, rows, args.num_eval_prompts),
                  [row for row in rows[: args.num_eval_pairs] if len(row) > 1]]
-    names = set(train.column_names)
-    has_pairs = "summaries" in names or {"chosen", "rejected"} <= names
+    has_pairs = hold_pairs(train.column_names)
     if args.sft and not has_pairs:
         refuse("--sft True needs chosen and rejected responses, and the data has none")
     sft = has_pairs and args.sft is not False
@@ -1413,11 +1428,16 @@ def take_split(splits, split, option):
     """The rows of a split. Raises Stop if it is missing, or if its columns fit no format."""
     if split not in splits:
         refuse(f"There is no split {split!r}: give --{option} one of {', '.join(map(str, splits))}")
-    has = set(splits[split].column_names)
-    if not ({"prompt", "question", "summaries"} & has or {"chosen", "rejected"} <= has):
-        refuse(f"The columns {sorted(has)} fit no known format: give chosen and rejected (and prompt), "
-               "prompt alone, or TL;DR's info, summaries and choice")
+    names = splits[split].column_names
+    if not ({"prompt", "question"} & set(names) or hold_pairs(names)):
+        refuse(f"The columns {sorted(names)} fit no known format: give chosen and rejected (and "
+               "prompt), prompt alone, or TL;DR's info, summaries and choice")
     return splits[split]
+
+
+def hold_pairs(names):
+    """Whether the columns of these names hold pairs of responses, or prompts alone."""
+    return "summaries" in names or {"chosen", "rejected"} <= set(names)
 
 
 def show_columns(rows):
@@ -1627,7 +1647,8 @@ def matrix_method(roles, args, with_human, **stages):
     size = len(roles) + len(others)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
-    def sample(models, rows, step, args):
+    def sample_in_turn(models, rows, step, args):
+        """Each row's candidates, in the order of their sources."""
         if step == 0 and with_human and not any(row.responses for row in rows):
             print("The data has no human responses: the models' alone are used.")
         members = [(getattr(models, role), models.tokenizer) for role in roles] + others
@@ -1645,7 +1666,7 @@ def matrix_method(roles, args, with_human, **stages):
                     text = [row.prompt], [one.text]
                     [one.ids] = encode_responses(models.tokenizer, *text, args.max_new_tokens)
         return candidates
-    return Method(sample=sample, others=others, **stages)
+    return Method(sample=sample_in_turn, others=others, **stages)
 
 
 def corrected_labels(models, pairs, args):
@@ -1663,15 +1684,19 @@ def dual_clip_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor, clip: f
     """Rewards, labels (P,) -> losses (P,), -log sigmoid(min(r_winner, clip) - max(r_loser, -clip)).
     Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source:
     TSO for a dual clip reward. Reconstruction: the formula."""
-    winner = reward_1.where(strength > 0.5, reward_2)
-    loser = reward_2.where(strength > 0.5, reward_1)
+    winner, loser = winner_and_loser(reward_1, reward_2, strength)
     return -nn.functional.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
+
+
+def winner_and_loser(reward_1, reward_2, label):
+    """Rewards and labels, (P,) each -> the rewards of the winners and of the losers."""
+    return reward_1.where(label > 0.5, reward_2), reward_2.where(label > 0.5, reward_1)
 
 
 def tso_figures(pairs, reward_1, reward_2, clip):
     """Shares of winners and losers clipped, how many verdicts a human overruled, who wrote the pairs."""
     label = torch.tensor([pair.strength for pair in pairs])
-    winner, loser = reward_1.where(label > 0.5, reward_2), reward_2.where(label > 0.5, reward_1)
+    winner, loser = winner_and_loser(reward_1, reward_2, label)
     judged = averaged_strength(*torch.tensor([pair.verdicts for pair in pairs]).T)
     writers = Counter(one.source for pair in pairs for one in (pair.better, pair.worse))
     return means(winners_clipped=winner > clip, losers_clipped=loser < -clip) | {

@@ -2371,12 +2371,7 @@ def judged_pairs(folder):
 
 def judge_summary(judged):
     """The figures of judged pairs; accuracy leaves out those of equal gold."""
-    p_12, p_21, truth = torch.tensor(judged, dtype=torch.float64).T
-    strength = osp.averaged_strength(p_12, p_21)
-    right = osp.same_side(strength, truth)[truth != 0.5]
-    agree = osp.same_side(p_12, 1 - p_21)[p_12 != p_21]
-    error = (strength - truth).abs()
-    return osp.means(judge_accuracy=right, judge_calibration_error=error, order_agreement=agree)
+    return osp.verdict_figures(*torch.tensor(judged, dtype=torch.float64).T)
 
 
 def print_evidence(folder):
