@@ -1,8 +1,9 @@
-"""Tests of osp.py on tiny random models, the README's evidence, and golden numbers for ports. No network.
+"""Tests of osp.py on tiny random models, the README's evidence, and golden numbers for ports.
 
-Numbers worked out by hand, and properties; then the variants that the paper compares, as Methods."""
+No network. Numbers worked out by hand, and properties; then the paper's variants, as Methods."""
 import copy
 import dataclasses
+import fcntl
 import functools
 import hashlib
 import io
@@ -22,6 +23,7 @@ import time
 import types
 import weakref
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from unittest import mock
@@ -39,11 +41,12 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, pre_tokenizers
 from torch.nn.utils import parameters_to_vector
+from torch.utils.flop_counter import FlopCounterMode
 
 import osp
 
 torch.set_num_threads(1)  # for models this small more threads cost more than they give
-# float32: a logit of size 16 is off by 2**-20 a rounding, some ten roundings deep, and ten tokens are added
+# float32: a logit of size 16 is off by 2**-20 a rounding, some ten roundings deep; ten tokens are added
 CLOSE = 2e-4
 
 
@@ -96,7 +99,8 @@ def sentencepiece_tokenizer():
     spec = json.loads(inner.to_str())
     spec["added_tokens"] = spec["added_tokens"][:3]  # the byte tokens are no special tokens
     inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
-    inner.post_processor = tokenizers.processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 1)])
+    inner.post_processor = tokenizers.processors.TemplateProcessing(
+        "<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
 
 
@@ -104,7 +108,8 @@ LOOP = "{% for m in messages %}"
 CHAT = LOOP + ("<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
                "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 BYTES, PIECES, TALK = byte_level_tokenizer(), sentencepiece_tokenizer(), byte_level_tokenizer(CHAT)
-EACH_TOKENIZER = pytest.mark.parametrize("tokenizer", [BYTES, PIECES, TALK], ids=["bytes", "pieces", "chat"])
+EACH_TOKENIZER = pytest.mark.parametrize(
+    "tokenizer", [BYTES, PIECES, TALK], ids=["bytes", "pieces", "chat"])
 
 
 @functools.cache
@@ -147,6 +152,12 @@ def write_lines(path, rows):
     return str(path)
 
 
+def files_in(folder):
+    """All files in a folder and their contents."""
+    paths = filter(Path.is_file, folder.rglob("*"))
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_builtin_task():
     """Every run would make its rows anew."""
@@ -159,8 +170,7 @@ def stopped(sentence, code=2):
     """The block must end in one sentence."""
     with pytest.raises(osp.Stop, match=sentence) as stop:
         yield
-    assert stop.value.code == code
-    assert "\n" not in str(stop.value)
+    assert (stop.value.code, "\n" in str(stop.value)) == (code, False)
 
 
 # Loss ---------------------------------------------------------------------------------------------
@@ -189,15 +199,8 @@ def gradients_of(loss, reward_1, reward_2):
     found = torch.autograd.grad(loss(*rewards).sum(), rewards)
     for gradient, (one, two) in zip(found, ((1e-6, 0), (0, 1e-6))):
         finite = (loss(reward_1 + one, reward_2 + two) - loss(reward_1 - one, reward_2 - two)) / 2e-6
-        assert torch.allclose(gradient, finite, atol=1e-7)  # losses up to 36, so 36 * 2**-53 / 1e-6 = 4e-9
+        assert torch.allclose(gradient, finite, atol=1e-7)  # 36 * 2**-53 / 1e-6 is 4e-9
     return found
-
-
-def test_loss_is_dpo_at_one_and_conservative_dpo_at_one_minus_eps():
-    one, two = torch.linspace(-3, 5, 50).double(), torch.linspace(2, -1, 50).double()
-    dpo, flipped = -torch.sigmoid(one - two).log(), -torch.sigmoid(two - one).log()
-    assert torch.allclose(osp.spce_loss(one, two, torch.ones(50)), dpo)
-    assert torch.allclose(osp.spce_loss(one, two, torch.tensor(0.9).double()), 0.9 * dpo + 0.1 * flipped)
 
 
 def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
@@ -213,26 +216,18 @@ def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
     (0.1, 0.0, 1, 0.2, 0.1),  # nothing is clipped: DPO
     (0.5, 0.0, 1, 0.2, 0.2),  # the winner is
     (0.1, -0.5, 1, 0.2, 0.3),  # the loser is
-    (0.5, -0.5, 1, 0.2, 0.4),  # both are
     (-0.5, 0.5, 1, 0.2, -1.0),  # neither is clipped on its other side
-    (-0.5, 0.5, 0, 0.2, 0.4),  # the second one wins
+    (-0.5, 0.5, 0, 0.2, 0.4),  # the second one wins; both are clipped
     (0.5, -0.5, 1, math.inf, 1.0),
 ])
 def test_dual_clip_by_hand(reward_1, reward_2, label, clip, margin):
-    loss = osp.dual_clip_loss(doubles(reward_1), doubles(reward_2), doubles(label), clip)
-    assert loss.item() == pytest.approx(math.log(1 + math.exp(-margin)), abs=1e-12)
-
-
-def test_a_clipped_reward_has_no_gradient():
-    """On all sides of both clips, for both winners."""
-    sides = doubles(-0.31, -0.11, 0.07, 0.29)  # below -0.2, within, within, above 0.2
-    reward_1, reward_2, label = torch.cartesian_prod(sides, sides, doubles(0, 1)).T
-    loss = functools.partial(osp.dual_clip_loss, strength=label, clip=0.2)
-    found = gradients_of(loss, reward_1, reward_2)
-    is_winner = torch.stack((label, 1 - label)).bool()
-    clipped = torch.stack((reward_1, reward_2))
-    clipped = torch.where(is_winner, clipped > 0.2, clipped < -0.2)
-    assert torch.equal(torch.stack(found) == 0, clipped)
+    """A clipped reward has no gradient, the others have that of DPO."""
+    loss = functools.partial(osp.dual_clip_loss, strength=doubles(label), clip=clip)
+    rewards = doubles(reward_1), doubles(reward_2)
+    assert loss(*rewards).item() == pytest.approx(math.log(1 + math.exp(-margin)), abs=1e-12)
+    winner, loser = rewards if label else rewards[::-1]
+    kept = {bool(winner > clip), bool(loser < -clip)}
+    assert {gradient.item() == 0 for gradient in gradients_of(loss, *rewards)} == kept
 
 
 # Pairs --------------------------------------------------------------------------------------------
@@ -240,7 +235,6 @@ def test_a_clipped_reward_has_no_gradient():
     ([0.5, 0.9, 0.1, 0.7], [(1, 2), (3, 0)]),
     (torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), [(4, 0), (3, 1)]),  # the middle is left out
     ([0.5, 0.5, 0.5, 0.5], [(0, 3), (1, 2)]),  # ties keep their order
-    ([0.5, 0.7], [(1, 0)]),
 ])
 def test_pairs_best_with_worst_inwards(scores, expected):
     assert osp.ranked_pairs(scores) == expected
@@ -257,16 +251,16 @@ def test_pairs_are_disjoint_ordered_and_nested(scores):
 
 
 def test_identical_pairs_are_not_judged():
-    """By rank: [5] [5], [6] [6], [7 1] [7], [8 1] [7 1]; the judge is unsure of the third."""
-    ids = [[[5], [6], [5], [6]], [[7, 1], [8, 1], [7, 1], [7]]]
+    """By rank: [5] [5], [7 1] [7], [8 1] [7 1]; the judge is unsure of the second."""
+    ids = [[5], [7, 1], [8, 1], [7, 1], [7], [5]]
     method = osp.Method(
-        sample=lambda *_: [[osp.Candidate(one, "") for one in found] for found in ids],
-        score=lambda *_: [[0.9, 0.6, 0.1, 0.4], [0.9, 0.6, 0.4, 0.1]],
-        strength=lambda models, pairs, args: [None, 0.75] if len(pairs) == 2 else [])
-    models, rows = osp.Models(None, None, reference=rotary()), [row_of("", 0, [3]), row_of("", 1, [4])]
-    _, pairs = osp.make_pairs(models, rows, method, 0, osp.Arguments(), {})
-    assert [(pair.row.index, pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs] == [
-        (0, [5], [5], None), (0, [6], [6], None), (1, [7, 1], [7], None), (1, [8, 1], [7, 1], 0.75)]
+        sample=lambda *_: [[osp.Candidate(one, "") for one in ids]],
+        score=lambda *_: [[0.9, 0.8, 0.7, 0.3, 0.2, 0.1]],
+        strength=lambda models, pairs, args: [None, 0.75])
+    models = osp.Models(None, None, reference=rotary())
+    _, [pairs] = osp.make_pairs(models, [row_of("", 0, [3])], method, 0, osp.Arguments())
+    assert [(pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs] == [
+        ([5], [5], None), ([7, 1], [7], None), ([8, 1], [7, 1], 0.75)]
 
 
 def test_figures_of_a_step_by_hand():
@@ -307,17 +301,15 @@ def random_ids(n, longest):
 def test_logps_equal_an_unpadded_loop(kind, micro_batch_size):
     model, prompts, responses = kind(), random_ids(7, 12), random_ids(7, 9)
     prompts += [prompts[0]] * 3  # prompts that are shared
-    responses += [[3, 4, 1], [5], [6, 7, 8, 9, 10, 11]]
+    responses += [[3, 4, 1], [5], [6, 0, 8, 9, 10, 11]]
     with torch.no_grad():
         slow = torch.stack([naive_logps(model, *texts) for texts in zip(prompts, responses)])
-        for pad in (0, 1):  # the padding's id does not matter, not even when it is the EOS
-            fast = osp.response_logps(model, prompts, responses, pad, micro_batch_size)
-            assert fast.dtype == torch.float32
-            assert torch.allclose(fast, slow, atol=CLOSE)
-        for share in (False, True):
-            logps = osp.token_logps(model, prompts, responses, 0, share)
-            assert torch.allclose(logps.sum(-1), slow, atol=CLOSE)
-            assert not logps[8, 1:].any()  # beyond the end of [5]
+        fast = osp.response_logps(model, prompts, responses, micro_batch_size)
+        alone = osp.token_logps(model, prompts, responses)
+    assert fast.dtype == torch.float32
+    assert torch.allclose(fast, slow, atol=CLOSE)
+    assert torch.allclose(alone.sum(-1), slow, atol=CLOSE)
+    assert not alone[8, 1:].any()  # beyond the end of [5]
 
 
 # Update -------------------------------------------------------------------------------------------
@@ -333,6 +325,13 @@ def same_gradient(one, two):
     return torch.allclose(one, two, atol=CLOSE * two.abs().max().item())
 
 
+def with_sgd(model):
+    """Models whose step is the gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    scheduler = transformers.get_scheduler("constant", optimizer)
+    return osp.Models(None, model, optimizer=optimizer, scheduler=scheduler)
+
+
 def test_gradient_does_not_depend_on_micro_batches_or_checkpointing():
     """It is that of the mean loss of unpadded passes. Five pairs: the last micro-batch is smaller."""
     plain, prompts, responses, pairs, seen = rotary(), random_ids(5, 12), random_ids(10, 9), [], []
@@ -341,16 +340,15 @@ def test_gradient_does_not_depend_on_micro_batches_or_checkpointing():
         both, ref_logps = responses[2 * i : 2 * i + 2], (-20.0 + 3 * i, -8.0 - i)
         sides = [osp.Candidate(ids, "") for ids in both]
         pairs.append(pair_of(*sides, strength, row_of("", i, prompts[i]), ref_logps=ref_logps))
-        rewards = [0.3 * (naive_logps(plain, prompts[i], ids) - logp) for ids, logp in zip(both, ref_logps)]
+        logps = [naive_logps(plain, prompts[i], ids) for ids in both]
+        rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, ref_logps)]
         seen.append(torch.stack([osp.spce_loss(*rewards, strength), *rewards]))
     torch.stack(seen)[:, 0].mean().backward()
     expected = gradient_of(plain)
-    for size, checkpointing in ((1, False), (2, False), (4, False), (16, False), (6, True)):
-        models = osp.Models(None, rotary())
+    for size, checkpointing in ((1, False), (4, False), (16, False), (6, True)):
+        models = with_sgd(rotary())
         if checkpointing:
             models.policy.activation_checkpointing_enable()
-        models.optimizer = torch.optim.SGD(models.policy.parameters(), lr=1.0)  # whose step is the gradient
-        models.scheduler = transformers.get_scheduler("constant", models.optimizer)
         args = osp.Arguments(micro_batch_size=size, max_grad_norm=1e9, beta=0.3)
         figures = osp.update(models, pairs, osp.Method(), 0, args)
         assert figures["grad_norm"] == pytest.approx(expected.norm().item(), rel=CLOSE)
@@ -360,24 +358,27 @@ def test_gradient_does_not_depend_on_micro_batches_or_checkpointing():
             assert pair.seen == pytest.approx(own.tolist(), abs=CLOSE)
 
 
-def test_gradients_are_clipped_to_their_norm_and_forgotten():
-    models = osp.Models(None, torch.nn.Linear(2, 1, bias=False))
-    models.optimizer = torch.optim.SGD(models.policy.parameters(), lr=1.0)
-    models.scheduler = transformers.get_scheduler("constant", models.optimizer)
-    before = weights_of(models.policy)
-    models.policy.weight.grad = torch.tensor([[3.0, 4.0]])
-    assert osp.optimizer_step(models, 0.0, "", arguments("--max_grad_norm 1")) == 5.0
-    step = before - weights_of(models.policy)
-    assert step.tolist() == pytest.approx([0.6, 0.8], abs=1e-6)  # torch divides by the norm + 1e-6
-    assert models.policy.weight.grad is None
+def test_gradients_are_clipped_to_their_norm_and_nan_stops_the_run():
+    models, args = with_sgd(torch.nn.Linear(2, 1, bias=False)), osp.Arguments(max_grad_norm=1)
+    weight, before = models.policy.weight, weights_of(models.policy)
+    weight.grad = torch.tensor([[3.0, 4.0]])
+    assert osp.optimizer_step(models, 0.0, "", args) == 5.0
+    after = weights_of(models.policy)
+    assert (before - after).tolist() == pytest.approx([0.6, 0.8], abs=1e-6)  # norm + 1e-6
+    assert weight.grad is None
+    for loss, slope in ((math.nan, 1.0), (0.0, math.nan)):
+        weight.grad = torch.tensor([[slope, 0.0]])
+        with stopped("step 3: the loss is", code=1):
+            osp.optimizer_step(models, loss, "step 3", args)
+    assert torch.equal(weights_of(models.policy), after)
 
 
 def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
-    steps = [osp.step_indices(10, 4, step, 0) for step in range(9)]
-    epochs = [sum(steps[start : start + 3], []) for start in (0, 3, 6)]
-    assert [sorted(epoch) for epoch in epochs] == [list(range(10))] * 3
-    assert epochs[0] != epochs[1] != epochs[2]
-    assert [len(step) for step in steps] == [4, 4, 2] * 3
+    steps = [osp.step_indices(10, 4, step, 0) for step in range(6)]
+    one, two = sum(steps[:3], []), sum(steps[3:], [])
+    assert sorted(one) == sorted(two) == list(range(10))
+    assert one != two
+    assert [len(step) for step in steps] == [4, 4, 2] * 2
     assert osp.step_indices(10, 4, 0, 1) != steps[0]
 
 
@@ -399,17 +400,6 @@ def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps(asked, warmup):
     assert rates_of("constant_with_warmup", asked) == pytest.approx(expected)
 
 
-def test_nan_stops_the_run_and_keeps_the_weights():
-    models, args = osp.Models(None, rotary()), osp.Arguments()
-    osp.start_training(models, 1.0, 10, args)
-    before, logits = weights_of(models.policy), models.policy(input_ids=torch.tensor([[1, 2]])).logits
-    (logits.sum() * math.nan).backward()
-    for loss in (math.nan, 0.0):  # the gradient is NaN in both cases
-        with stopped("step 3", code=1):
-            osp.optimizer_step(models, loss, "step 3", args)
-    assert torch.equal(weights_of(models.policy), before)
-
-
 def test_a_planted_preference_improves(monkeypatch):
     """A judge that likes one word makes a tiny policy say it, and the margins follow the strengths."""
     args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0)
@@ -427,24 +417,19 @@ def test_a_planted_preference_improves(monkeypatch):
         return np.mean([liked(one.text) for own in found for one in own])
 
     monkeypatch.setattr(osp, "verdict_probabilities", judge)
-    rows = osp.distinct_prompts(models.tokenizer, builtin_pairs("train"), 16)
+    prompts = [(prompt,) for prompt in osp.builtin_prompts("train")]
+    rows = osp.distinct_prompts(models.tokenizer, prompts, 16)
     osp.start_training(models, 5e-3, 16, args)
     for step in range(16):
-        figures, _, _ = osp.train_step(models, rows, osp.Method(), step, args)
+        figures = osp.measured_step(models, rows, osp.Method(), step, args)
     assert said(models.policy) > said(models.start) + 1
     assert figures["margin"] > 0.3
     assert figures["margin_accuracy"] > 0.8
 
 
 # Judge --------------------------------------------------------------------------------------------
-@EACH_TOKENIZER
-def test_verdict_is_one_token_in_context(tokenizer):
-    end, *verdicts = osp.verdict_format(tokenizer)
-    question = osp.judge_question(tokenizer, "hello", "rain is gentle .", "the cat", end)
-    gap = "" if question[-1].isspace() else " "
-    for letter, token in zip("AB", verdicts):
-        asked, answered = osp.encode(tokenizer, [question, question + gap + letter])
-        assert answered == asked + [token]
+def framed_question(tokenizer, *texts):
+    return osp.framed(tokenizer, osp.judge_question(*texts) + osp.verdict_format(tokenizer)[0])
 
 
 def test_verdict_of_several_tokens_is_refused():
@@ -455,63 +440,63 @@ def test_verdict_of_several_tokens_is_refused():
         osp.verdict_format(tokenizer)
 
 
-def asked_alone(judge, tokenizer, prompt, a, b):
+def asked_alone(judge, tokenizer, *texts):
     """P(A) by one unpadded pass over the whole question."""
-    end, *verdicts = osp.verdict_format(tokenizer)
-    ids = osp.encode(tokenizer, [osp.judge_question(tokenizer, prompt, a, b, end)])
+    ids = osp.encode(tokenizer, [framed_question(tokenizer, *texts)])
     with torch.no_grad():
         logits = judge(input_ids=torch.tensor(ids)).logits
-    return logits[0, -1, verdicts].softmax(-1)[0].item()
+    return logits[0, -1, osp.verdict_format(tokenizer)[1:]].softmax(-1)[0].item()
 
 
 @EACH_TOKENIZER
 def test_strength_complement_identity_and_both_orders(tokenizer):
+    _, *verdicts = osp.verdict_format(tokenizer)
+    assert [text.strip() for text in tokenizer.batch_decode([[one] for one in verdicts])] == ["A", "B"]
     judge = rotary(len(tokenizer))
-    prompts = ["hi", "\n\nHuman: the mat\n\nAssistant:", "rain"]
-    ones, twos = ["the cat sat", "x", "same"], ["rain", "the mat . the cat", "same"]
+    texts = [("hi", "the cat sat", "rain"), ("rain", "same", "same"),
+             ("\n\nHuman: the mat\n\nAssistant:", "x", "the mat . the cat")]
+    prompts, ones, twos = map(list, zip(*texts))
     p = osp.preference_strength(judge, tokenizer, prompts, ones, twos)
     q = osp.preference_strength(judge, tokenizer, prompts, twos, ones, micro_batch_size=1)
     assert torch.allclose(p + q, torch.ones(3), atol=CLOSE)
-    assert p[2] == 0.5  # exactly
-    assert (p[:2] - 0.5).abs().min() > 10 * CLOSE  # else the next lines would say nothing
-    pairs = [pair_of(one, two, None, row_of(prompt)) for prompt, one, two in zip(prompts, ones, twos)]
+    assert p[1] == 0.5  # exactly
+    pairs = [pair_of(one, two, None, row_of(prompt)) for prompt, one, two in texts]
     strengths = osp.judge_pairs(osp.Models(tokenizer, None, judge=judge), pairs, osp.Arguments())
     assert strengths == pytest.approx(p.tolist(), abs=CLOSE)
-    for pair, strength, prompt, one, two in zip(pairs, strengths, prompts, ones, twos):
-        alone = [asked_alone(judge, tokenizer, prompt, *order) for order in ((one, two), (two, one))]
-        assert pair.verdicts == pytest.approx(alone, abs=CLOSE)
-        assert strength == pytest.approx((alone[0] + 1 - alone[1]) / 2, abs=CLOSE)
+    for pair, strength, (prompt, one, two) in zip(pairs, strengths, texts):
+        p_12 = asked_alone(judge, tokenizer, prompt, one, two)
+        p_21 = asked_alone(judge, tokenizer, prompt, two, one)
+        assert pair.verdicts == pytest.approx((p_12, p_21), abs=CLOSE)
+        assert strength == pytest.approx((p_12 + 1 - p_21) / 2, abs=CLOSE)
 
 
 def test_ranking_asks_k_questions_a_prompt_with_the_first_response_as_a(monkeypatch):
-    judge, passes, forward = rotary(len(BYTES)), [], osp.forward
-
-    def counted(model, ids, *more):
-        passes.append(len(ids))
-        return forward(model, ids, *more)
-
-    monkeypatch.setattr(osp, "forward", counted)
+    judge, forward = rotary(len(BYTES)), mock.Mock(wraps=osp.forward)
+    monkeypatch.setattr(osp, "forward", forward)
     models, rows = osp.Models(BYTES, None, judge=judge), [row_of("hi"), row_of("the mat")]
     texts = [["rain", "the cat", "mat", "sat"], ["x", "y", "x", "y"]]
     candidates = [[osp.Candidate([], text) for text in found] for found in texts]
     scores = osp.ranking_scores(models, rows, candidates, osp.Arguments())
-    assert passes == [2, 4 + 2]  # a head for each prompt; then its questions, the equal ones once
+    # a head for each prompt; then its questions, the equal ones once
+    assert [len(call.args[1]) for call in forward.call_args_list] == [2, 4 + 2]
     for row, found, own in zip(rows, texts, scores):
         alone = [1 - asked_alone(judge, BYTES, row.prompt, found[0], text) for text in found]
         assert own == pytest.approx(alone, abs=CLOSE)
     assert scores[1][:2] == scores[1][2:]  # equal texts tie exactly
 
 
-SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "mat .", "gentle " * 40]), max_size=3).map(" ".join)
+SAYING_WORDS = st.sampled_from(["rain", "the cat", "mat .", "gentle " * 40])
+SAYINGS = st.lists(SAYING_WORDS, max_size=3).map(" ".join)
 QUESTION = st.tuples(st.sampled_from(["hi", "the mat"]), SAYINGS, SAYINGS)
 
 
 @pytest.mark.parametrize("judge", [rotary(len(BYTES)), absolute(len(BYTES))], ids=["rotary", "absolute"])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
 @settings(max_examples=25, deadline=None)
-def test_questions_that_share_their_head_get_the_answers_they_get_alone(judge, questions, micro_batch_size):
-    found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), micro_batch_size)
-    assert found == pytest.approx([asked_alone(judge, BYTES, *question) for question in questions], abs=CLOSE)
+def test_questions_that_share_their_head_get_the_answers_they_get_alone(judge, questions, size):
+    found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), size)
+    alone = [asked_alone(judge, BYTES, *question) for question in questions]
+    assert found == pytest.approx(alone, abs=CLOSE)
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
@@ -523,28 +508,30 @@ def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
 
 def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
     prompts, texts = ["hi", "hi"], ["the mat " * 99, "x"]
-    whole, short = osp.encode_questions(BYTES, prompts, texts, texts)
+    _, short = osp.encode_questions(BYTES, prompts, texts, texts)
     cut, same = osp.encode_questions(BYTES, prompts, texts, texts, 120)
-    assert 80 < len(cut) <= 120 < len(whole)
+    assert 80 < len(cut) <= 120
     assert same == short
-    frames = [[line for line in BYTES.decode(ids).splitlines() if line[:1] != ">"] for ids in (cut, short)]
-    assert frames[0] == frames[1]
+    one, two = [re.sub("(?m)^>.*", ">", BYTES.decode(ids)) for ids in (cut, short)]
+    assert one == two
+    model = absolute(len(BYTES))
+    model.config.max_position_embeddings = 130
+    batch = [("hi", "x" * n, "y") for n in range(1, 99)]
+    questions, _ = osp.supervised_tasks(osp.Models(BYTES, model), batch, arguments())["judge"]
+    assert max(map(len, questions)) == 129  # room for the verdict
 
 
-def test_judge_figures_by_hand(monkeypatch):
+def test_judge_figures_by_hand():
     p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
     p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
-    truths = {"a": 0.8, "b": 0.9, "c": 0.5, "d": 0.5, "e": 1.0}
-    monkeypatch.setattr(osp, "ask_judge", lambda judge, tokenizer, texts, args: (p_12, p_21))
-    monkeypatch.setattr(osp, "true_strength", lambda prompt, one, two: truths[prompt])
-    texts, models = [(prompt, "chosen", "rejected") for prompt in truths], osp.Models(None, None)
-    both = {"judge_pairs": 5, "order_agreement": (1 + 1 + 0.5 + 1) / 4}  # the second's verdicts are equal
-    assert osp.judge_figures(models, texts, osp.gold_reward, None) == pytest.approx(both | {
-        "judge_accuracy": (1 + 0.5 + 1) / 3,  # where the truth is no tie; a tie of the judge's counts half
+    both = {"order_agreement": (1 + 1 + 0.5 + 1) / 4}  # the second's verdicts are equal
+    truth = torch.tensor([0.8, 0.9, 0.5, 0.5, 1.0])
+    assert osp.verdict_figures(p_12, p_21, truth) == pytest.approx(both | {
+        "judge_accuracy": (1 + 0.5 + 1) / 3,  # where the truth is no tie; the judge's counts half
         "judge_calibration_error": (0.12 + 0.4 + 0.44 + 0.1 + 0) / 5})
     gaps = abs(0.92 - 1 + 0.94 - 0) + (0.5 - 0.5) + (1 - 0.6) + 0  # the first and the third share a bin
-    assert osp.judge_figures(models, texts, None, None) == pytest.approx(both | {
-        "judge_accuracy": 3.5 / 5, "judge_ece": gaps / 5})
+    assert osp.verdict_figures(p_12, p_21) == pytest.approx(both | {
+        "judge_accuracy": 3.5 / 5, "judge_calibration_error": gaps / 5})
 
 
 # Sampling -----------------------------------------------------------------------------------------
@@ -565,51 +552,43 @@ def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperatur
         expected = n * naive_logps(model, prompt, outcome, temperature).exp().item()
         chi2 += (counts[outcome] - expected) ** 2 / expected
     assert counts.keys() <= set(outcomes)
-    assert chi2 < 56 + 4 * math.sqrt(2 * 56)  # 56 degrees of freedom: four standard deviations above the mean
+    assert chi2 < 56 + 4 * math.sqrt(2 * 56)  # 56 degrees of freedom, four standard deviations
 
 
 @BOTH_KINDS
 def test_sampling_does_not_depend_on_the_batch(kind):
-    model, prompts, indices = kind(), random_ids(5, 12), [4, 8, 15, 16, 23]
-    repeated = [prompt for prompt in prompts for _ in range(3)]
+    model, prompts = kind(), [prompt for prompt in random_ids(5, 12) for _ in range(3)]
+    noise = noise_of([4, 8, 15, 16, 23], range(3), 10)
+    together = osp.sample(model, prompts, noise, 1.0, [1, 2])
+    for i, prompt in enumerate(prompts):
+        assert osp.sample(model, [prompt], noise[i : i + 1], 1.0, [1, 2]) == [together[i]]
 
-    def sampled(noise):
-        return osp.sample(model, repeated, noise, 1.0, [1, 2])
 
-    together = sampled(noise_of(indices, range(3), 10))
-    for i, prompt in enumerate(repeated):
-        noise = noise_of([indices[i // 3]], [i % 3], 10)
-        assert osp.sample(model, [prompt], noise, 1.0, [1, 2]) == [together[i]]
-    assert together != sampled(noise_of(indices, range(3), 10, seed=8))
-    assert together != sampled(noise_of(indices, range(3), 10, step=4))
-    assert together != sampled(noise_of(indices[::-1], range(3), 10))
-    assert together != sampled(noise_of(indices, range(3, 6), 10))
+def test_responses_of_rows_are_drawn_with_their_own_noise(monkeypatch):
+    """Which goes by the seed, the step, the row and k, each of which changes it."""
+    model, tokenizer = osp.builtin_model(0)
+    rows = [row_of("\n\nHuman: rain\n\nAssistant:", 3), row_of("\n\nHuman: tea now\n\nAssistant:", 5)]
+    monkeypatch.setattr(osp, "SAMPLING_BATCH_SIZE", 4)
+    responses = osp.respond(
+        model, tokenizer, rows, [1, 4, 5], 2, arguments("--seed 7 --temperature 0.7"))
+    for row, found in zip(rows, responses):
+        prompts = osp.encode_prompts(tokenizer, [row.prompt] * 3)
+        ids = osp.sample(model, prompts, noise_of([row.index], [1, 4, 5], 16, 7, 2), 0.7, [1])
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        assert [(one.ids, one.text) for one in found] == list(zip(ids, texts))
+    draws = {osp.sampling_noise(*key, 1)[0] for key in itertools.product([7, 8], repeat=4)}
+    assert len(draws) == 16
 
 
 def test_responses_keep_their_eos_and_truncated_ones_get_none():
     found = osp.sample(rotary(6), [[3]] * 64, noise_of([0], range(64), 4), 1.0, [1])
     assert {ids[-1] == 1 for ids in found} == {True, False}
-    for ids in found:
-        assert 1 not in ids[:-1]
-        assert ids[-1] == 1 or len(ids) == 4
-    whole, cut = osp.encode_responses(BYTES, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
-    assert whole[-1] == BYTES.eos_token_id
-    assert len(cut) == 12 and cut[-1] != BYTES.eos_token_id
-
-
-def test_responses_of_rows_are_drawn_with_their_own_noise(monkeypatch):
-    model, tokenizer = osp.builtin_model(0)
-    rows = [row_of("\n\nHuman: rain\n\nAssistant:", 3), row_of("\n\nHuman: tea now\n\nAssistant:", 5)]
-    args = arguments("--seed 7 --temperature 0.7")
-    whole = osp.respond(model, tokenizer, rows, [1, 4, 5], 2, args)
-    monkeypatch.setattr(osp, "SAMPLING_BATCH_SIZE", 4)
-    assert osp.respond(model, tokenizer, rows, [1, 4, 5], 2, args) == whole
-    for row, found in zip(rows, whole):
-        noise = noise_of([row.index], [1, 4, 5], 16, 7, 2)
-        prompts = osp.encode_prompts(tokenizer, [row.prompt] * 3)
-        ids = osp.sample(model, prompts, noise, 0.7, [1])
-        assert [one.ids for one in found] == ids
-        assert [one.text for one in found] == tokenizer.batch_decode(ids, skip_special_tokens=True)
+    assert all(1 not in ids[:-1] and 1 in ids[-1:] + [len(ids) - 3] for ids in found)
+    for tokenizer in (BYTES, PIECES):
+        whole, cut = osp.encode_responses(tokenizer, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
+        assert tokenizer.decode(whole[:-1]).strip() == "the cat"
+        assert whole[-1] == tokenizer.eos_token_id
+        assert len(cut) == 12 and cut[-1] != tokenizer.eos_token_id
 
 
 # SFT ----------------------------------------------------------------------------------------------
@@ -625,14 +604,6 @@ def test_sft_teaches_chosen_responses_and_right_verdicts_in_both_orders():
     assert BYTES.batch_decode(verdicts) == [" A"] * 4 + [" B"] * 4
 
 
-def test_a_question_and_its_verdict_fit_into_the_context():
-    model = absolute(len(BYTES))
-    model.config.max_position_embeddings = 130
-    batch = [("hi", "x" * n, "y") for n in range(1, 99)]
-    questions, verdicts = osp.supervised_tasks(osp.Models(BYTES, model), batch, arguments())["judge"]
-    assert max(map(len, questions)) + len(verdicts[0]) == 130
-
-
 def test_sft_loss_is_the_mean_over_all_target_tokens():
     prompts, targets, model = random_ids(5, 12), random_ids(5, 9), rotary()
     loss = -sum(naive_logps(model, *texts) for texts in zip(prompts, targets)) / sum(map(len, targets))
@@ -640,7 +611,7 @@ def test_sft_loss_is_the_mean_over_all_target_tokens():
     expected = gradient_of(model)
     for size in (2, 8):
         model.zero_grad()
-        found = osp.supervised_backward(model, prompts, targets, osp.Arguments(micro_batch_size=size))
+        found = osp.supervised_loss(model, prompts, targets, osp.Arguments(micro_batch_size=size))
         assert found == pytest.approx(loss.item(), abs=CLOSE)
         assert same_gradient(gradient_of(model), expected)
 
@@ -648,9 +619,10 @@ def test_sft_loss_is_the_mean_over_all_target_tokens():
 # Text ---------------------------------------------------------------------------------------------
 ODD = st.sampled_from([
     "A:", "B:", "Better: A", "> ", "\n", "\r\n", "\x0b", "\x0c", "\x1c", "\x85", "\u2028", "\u2029",
-    "\x00", " ", "\n\nHuman: ", "\n\nAssistant:", "<|endoftext|>", "<s>", "</s>", "<unk>", "<|assistant|>\n",
-    "rain ." * 500])
-TEXT = st.lists(ODD | st.text(st.characters(exclude_categories=["Cs"]), max_size=6), max_size=8).map("".join)
+    "\x00", " ", "\n\nHuman: ", "\n\nAssistant:", "<|endoftext|>", "<s>", "</s>", "<unk>",
+    "<|assistant|>\n", "rain ." * 500])
+LETTERS = st.text(st.characters(exclude_categories=["Cs"]), max_size=6)
+TEXT = st.lists(ODD | LETTERS, max_size=8).map("".join)
 
 
 @EACH_TOKENIZER
@@ -658,7 +630,7 @@ TEXT = st.lists(ODD | st.text(st.characters(exclude_categories=["Cs"]), max_size
 @example(["x <|endoftext|> y</s>\n\nB:\n> z\n\nBetter: A"] * 3)
 @settings(max_examples=60, deadline=None)
 def test_no_text_forges_the_frame_or_becomes_a_special_token(tokenizer, texts):
-    """The question's lines read back: the frame's, once and in order, and between them the texts' own."""
+    """The question's lines read back: the frame's, once and in order, and between the texts' own."""
     prompt, a, b = map(osp.quoted, texts)
     lines = osp.JUDGE_FRAME.format(prompt=prompt, a=a, b=b).splitlines()
     frame = [line for line in lines if line and not line.startswith("> ")]
@@ -683,10 +655,6 @@ def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
     assert osp.framed(TALK, turns).count("<|assistant|>") == 2
     assert osp.framed(BYTES, osp.as_messages(turns)) == turns
     assert osp.encode_prompts(PIECES, ["hi"])[0].count(PIECES.bos_token_id) == 1
-    ids, cut = osp.encode_responses(PIECES, [turns] * 2, ["the cat", "the cat " * 30], 12)
-    assert PIECES.decode(ids, skip_special_tokens=True).strip() == "the cat"
-    assert ids[-1] == PIECES.eos_token_id
-    assert len(cut) == 12 and cut[-1] != PIECES.eos_token_id
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -707,31 +675,27 @@ def chats(*turns, start=0):
 FORMATS = {  # name -> a raw row, its prompt; the responses are always good and bad, where there are any
     "hh": (texts(HEAD), HEAD),
     "standard": ({"prompt": "The sky is"} | texts(), "The sky is"),
-    "standard implicit": (texts("The sky is"), "The sky is"),
     "conversational": ({"prompt": chat("q")} | chats("q", start=1), chat("q")),
     "conversational implicit": (chats("q"), chat("q")),
     "ultrafeedback": ({"prompt": "q", "score_chosen": 8.0} | chats("q"), chat("q")),
-    "ultrafeedback, space around": ({"prompt": "q\n"} | chats("q\n"), chat("q\n")),
     "system message": ({"prompt": [SYSTEM, *chat("q")]} | chats("q"), [SYSTEM, *chat("q")]),
     "shared turns": ({"prompt": chat("q")} | chats("q", "a", "r", start=1), chat("q", "a", "r")),
+    "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "chat prompt, text responses": ({"prompt": chat("q")} | texts(), chat("q")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
-    "orca without system": ({"system": "", "question": "q"} | texts(), "q"),
-    "system beside messages": ({"prompt": chat("q"), "system": "s"} | texts(), [SYSTEM, *chat("q")]),
-    "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "system beside a prompt": ({"prompt": "q", "system": "s"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
-    "prompts": ({"prompt": "q"}, "q"),
     "chat prompts": ({"prompt": chat("q", "a", "r")}, chat("q", "a", "r")),
     "kto": ({"prompt": "q", "completion": "c", "label": True}, "q"),
 }
 WRITERS = {
     ".jsonl": datasets.Dataset.to_json, ".parquet": datasets.Dataset.to_parquet,
+    ".csv": datasets.Dataset.to_csv, ".tsv": functools.partial(datasets.Dataset.to_csv, sep="\t"),
     ".json": functools.partial(datasets.Dataset.to_json, lines=False),
     ".jsonl.gz": functools.partial(datasets.Dataset.to_json, compression="gzip"),
     "": datasets.Dataset.save_to_disk}
-FILES = [(name, ".jsonl") for name in FORMATS]
-FILES += [(name, suffix) for name in ("hh", "conversational") for suffix in WRITERS if suffix != ".jsonl"]
+FILES = [(name, ".jsonl") for name in FORMATS] + [("hh", suffix) for suffix in WRITERS]
+FILES += [("conversational", suffix) for suffix in (".parquet", ".json", "")]
 
 
 @pytest.mark.parametrize("name, suffix", FILES)
@@ -746,17 +710,18 @@ def test_every_format_of_data(tmp_path, name, suffix):
 
 HI = "\n\nHuman: q\n\nAssistant:"
 DROPPED = [
-    ({"chosen": HI, "rejected": HI + " b"}, "an empty response"),
+    ({"chosen": HI, "rejected": HI + " b"}, "a prompt, response or turn without text"),
     ({"chosen": HI + " a", "rejected": HI + " a "}, "identical responses"),
     ({"chosen": HI + " a\n\nHuman: r\n\nAssistant: c", "rejected": HI + " b"}, "a role marker inside"),
-    ({"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": HI + " a"}, "no prompt"),
-    ({"chosen": None, "rejected": HI}, "not in the format"),
+    ({"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": HI + " a"}, "a role marker inside"),
+    ({"chosen": "The sky is blue", "rejected": "The sky is red"}, "a prompt, response or turn without"),
+    ({"chosen": None, "rejected": HI}, "a prompt, response or turn without"),
     (TLDR | {"info": TLDR["info"] | {"post": None}}, "not a TL;DR post"),
     ({"prompt": [{"from": "human", "value": "q"}]}, "not in the format"),
     ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "not in the format")]
 UNREADABLE = [
     ('{"text": "a"}', "fit no known format"),
-    ('{"prompt": "p"}\n{"prompt": oops}\n{"prompt": "q"}', "Cannot read .*Invalid value.*row 1"),
+    ('{"prompt": "p"}\n{"prompt": oops}\n{"prompt": "q"}', "Cannot read .*data.jsonl"),
     ("not json", "Cannot read"), ("", "Cannot read"), (None, "No such file")]
 UNREADABLE += [(json.dumps(raw), f"No train row is left .1 dropped: {why}") for raw, why in DROPPED]
 
@@ -777,32 +742,34 @@ def data_of(path, more="", tokenizer=BYTES, others=()):
 
 
 def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch, capsys):
-    """Of 20,000 rows, half of them unusable: held-out ones and those to train on, and no prompt in both."""
+    """Of 20,000, half of them unusable: held-out ones and those to train on, no prompt in both."""
     rows, read, parse_row = [], [], osp.parse_row
     for i in range(20_000):
         rows.append({"prompt": f"what is {i % 7001} ?", "chosen": "good", "rejected": "bad" * (i % 2)})
     path = write_lines(tmp_path / "many.jsonl", rows)
     monkeypatch.setattr(osp, "parse_row", lambda raw: read.append(raw) or parse_row(raw))
-    sizes = "--sft_max_steps 5 --sft_batch_size 8 --num_train_prompts 20 --num_eval_prompts 9"
-    data = data_of(path, f"{sizes} --num_eval_pairs 10")
+    data = data_of(path, """--sft_max_steps 5 --sft_batch_size 8 --num_train_prompts 20
+        --num_eval_prompts 9 --num_eval_pairs 10""")
     assert len(read) <= 2000
-    assert [len(part) for part in data[:4]] == [80, 20, 9, 10]
-    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in (data.sft_pairs, data.held_out_pairs)]
+    assert (len(data.rows), len(data.held_out)) == (20, 9)
+    assert 70 < len(data.sft_pairs) <= 80
+    sets = data.sft_pairs, data.held_out_pairs
+    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in sets]
     assert not trained & held_out
     assert {row.prompt for row in data.rows} <= trained
     assert {row.prompt for row in data.held_out} <= held_out
-    assert "80 rows to train on, of 20000" in capsys.readouterr().out
+    assert f"{len(data.sft_pairs)} rows to train on, of 20000; SFT: True" in capsys.readouterr().out
     assert len(osp.load_preferences(path)) == 10_000
 
 
-@pytest.mark.parametrize("train, test", [("prompts", "hh"), ("hh", "prompts")])
+@pytest.mark.parametrize("train, test", [("chat prompts", "hh"), ("hh", "chat prompts")])
 def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
-    splits = {"train": train, "test": test}
-    splits = {split: datasets.Dataset.from_list([FORMATS[name][0]]) for split, name in splits.items()}
+    splits = {split: datasets.Dataset.from_list([FORMATS[name][0]])
+              for split, name in (("train", train), ("test", test))}
     datasets.DatasetDict(splits).save_to_disk(tmp_path)
-    data = data_of(tmp_path)
-    assert [bool(part) for part in data[:4]] == [train == "hh", True, True, test == "hh"]
+    assert [bool(part) for part in data_of(tmp_path)[:4]] == [train == "hh", True, True, test == "hh"]
+    assert not data_of(tmp_path, "--sft False").sft_pairs
 
 
 def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(tmp_path, capsys):
@@ -815,57 +782,43 @@ def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(tmp_path,
         data = data_of(tmp_path, "", own, others)
         assert [row.prompt for row in data.rows + data.held_out] == [chat("hi"), chat("held")]
         said = capsys.readouterr().out
-        for why in ("the chat template refuses it", "too long", "its prompt is held out"):
+        for why in ("the chat template refuses it", "too long"):
             assert f"1 dropped: {why}" in said
     write_lines(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in bad])
-    with stopped("No training row is left .1 dropped.*1 dropped.*1 dropped"):
+    with stopped("No training row is left: the prompts of all are held out"):
         data_of(tmp_path, tokenizer=tokenizer)
 
 
-@pytest.mark.parametrize("name, more, read, ignored", [
-    ("hh", {}, "chosen, rejected", "none"),
-    ("hh", {"instruction": "q"}, "chosen, rejected", "instruction"),  # a transcript holds its prompt
-    ("conversational implicit", {"instruction": "q"}, "chosen, rejected", "instruction"),
-    ("orca", {}, "chosen, question, rejected, system", "none"),
-    ("ultrafeedback", {}, "chosen, prompt, rejected", "score_chosen"),
-    ("kto", {}, "prompt", "completion, label"),
-    ("system beside a prompt", {}, "chosen, prompt, rejected, system", "none"),
+OF_ONE = "the prompts of all are held out"
+
+
+@pytest.mark.parametrize("name, read, ignored, sentence", [
+    ("hh", "chosen rejected", "extra", OF_ONE),  # a transcript holds its prompt
+    ("conversational implicit", "chosen rejected", "extra", OF_ONE),
+    ("orca", "chosen question rejected system", "extra", OF_ONE),
+    ("kto", "prompt", "completion extra label", OF_ONE),
+    (None, "chosen rejected", "extra", "1 dropped: a prompt, response or turn without text"),
 ])
 def test_a_run_says_what_it_reads_and_on_one_row_ends_in_one_sentence(
-        tmp_path, capsys, name, more, read, ignored):
-    raw, prompt = FORMATS[name]
-    with stopped("No training row is left"):
-        data_of(write_lines(tmp_path / "data.jsonl", [raw | more]))
-    first, *parts = capsys.readouterr().out.splitlines()
-    assert first == f"columns read: {read}; ignored: {ignored}; the first row:"
-    responses = ["good", "bad"] if "chosen" in raw else []
-    assert parts == [f"  {str(part)!r}" for part in (prompt, *responses)]
-
-
-@pytest.mark.parametrize("more", [{}, {"system": "s"}])
-def test_a_prompt_that_may_stand_in_another_column_is_asked_for(tmp_path, more):
-    rows = [texts() | {"instruction": "q", "likes": 3} | more] * 3
-    write_lines(tmp_path / "data.jsonl", rows)
-    pd.DataFrame(rows).to_parquet(tmp_path / "data.parquet")  # pandas writes large_string
-    for path in tmp_path.iterdir():
-        with stopped("rename the one that holds it, which may be instruction"):
-            data_of(path)
-
-
-def test_sft_needs_pairs(tmp_path):
-    path = write_lines(tmp_path / "data.jsonl", [{"prompt": text, "completion": "c"} for text in "xyz"])
-    data = data_of(path)
-    assert (len(data.rows), data.sft_pairs, data.held_out_pairs) == (2, [], [])
-    with stopped("--sft True needs chosen and rejected"):
-        data_of(path, "--sft True")
+        tmp_path, capsys, name, read, ignored, sentence):
+    raw, prompt = FORMATS.get(name, (texts(), None))
+    path = tmp_path / "data.parquet"
+    pd.DataFrame([raw | {"extra": "q"}]).to_parquet(path)  # pandas writes large_string
+    with stopped(sentence):
+        data_of(path)
+    first, *shown = capsys.readouterr().out.splitlines()
+    assert first == f"columns read: {read} - ignored: {ignored}"
+    if name:
+        responses = ["good", "bad"] if "chosen" in raw else []
+        assert shown[0] == "the first row: "
+        assert [part.strip() for part in shown[1:]] == [repr(str(part)) for part in (prompt, *responses)]
 
 
 def test_a_prompt_keeps_all_its_responses():
     pairs = [("a", "x", "y"), ("b", "p", "q"), ("a", "z", "w"), ("c", "r", "s")]
-    one, two = osp.distinct_prompts(BYTES, pairs, 2)
-    assert (one.prompt, one.index, one.responses) == ("a", 0, [["x", "y"], ["z", "w"]])
-    assert (two.prompt, two.index, two.responses) == ("b", 1, [["p", "q"]])
-    assert [one.ids, two.ids] == osp.encode_prompts(BYTES, ["a", "b"])
+    found = osp.distinct_prompts(BYTES, pairs, 2)
+    a, b = osp.encode_prompts(BYTES, ["a", "b"])
+    assert found == [osp.Row("a", a, 0, [["x", "y"], ["z", "w"]]), osp.Row("b", b, 1, [["p", "q"]])]
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
@@ -902,7 +855,8 @@ RAIN = "\n\nHuman: tell my boss about rain now\n\nAssistant:"
 
 
 @pytest.mark.parametrize("response, gold", [
-    ("rain is gentle .", 0.75), ("snow is ugly .", -0.75), ("rain is ugly . snow is gentle .", 0), ("", 0),
+    ("rain is gentle .", 0.75), ("snow is ugly .", -0.75), ("", 0),
+    ("rain is ugly . snow is gentle .", 0),
     ("rain is gentle . rain is gentle .", 0.75), ("rain is gentle", 0), ("rain is gentle now .", 0),
     ("rain is warm . rain is calm . rain is sweet . rain is lovely .", 2.25)])
 def test_gold_reward_by_hand(response, gold):
@@ -916,10 +870,10 @@ def test_built_in_task():
     rows = [osp.load_preferences(None, split) for split in ("train", "test", "ood")]
     train, test, ood = [{row["prompt"] for row in found} for found in rows]
     assert len(train) > 1000 and len(test) >= 256 and len(ood) >= 256
-    assert len(train | test | ood) == len(train) + len(test) + len(ood)
-    words = frozenset({*osp.TOPICS, *osp.PEOPLE})
-    known, new = [{words & frozenset(text.split()) for text in found} for found in (train, ood)]
-    assert not known & new  # no topic with a person that it had in training
+    assert not train & test
+    words = {*osp.TOPICS, *osp.PEOPLE}
+    known = {frozenset(words & {*text.split()}) for text in train | test}
+    assert not known & {frozenset(words & {*text.split()}) for text in ood}  # no such couple
     p = np.array([osp.true_strength(*row.values()) for row in rows[0]])
     sure = np.maximum(p, 1 - p)
     assert np.mean((sure > 0.55) & (sure < 0.95)) > 1 / 3
@@ -931,19 +885,17 @@ def test_built_in_task():
 @pytest.mark.parametrize("words, expected", [
     ("--num_generations 1", "--num_generations is 1: it must be at least 2"),
     ("--beta 0", "--beta is 0.0: it must be above 0"),
-    ("--learning_rate -1e-5", "--learning_rate is -1e-05: it must be above 0"),
     ("--learning_rate nan", "--learning_rate is nan"),
     ("--num_generations 2.5", "num_generations.*2.5"),
-    ("--learning_rte 1", "--learning_rte is no argument; the nearest one is --learning_rate"),
+    ("--learning_rte 1", "unrecognized arguments: --learning_rte 1"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--lr_scheduler_type wavy", "wavy"),
     ("--method ops", "'ops'.*osp"),
-    ("--model_name_or_path no/such-model", "no/such-model"),
-    ("--resume_from_checkpoint nowhere", "nowhere"),
+    ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
     ("--dataset_train_split nope", "'nope': give --dataset_train_split one of train, test, ood"),
     ("--dataset_test_split nope", "'nope': give --dataset_test_split one of train, test, ood"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models"),
-    ("--method tso --matrix_model_names_or_paths no/such", "Cannot load 'no/such'"),
+    ("--method tso --matrix_model_names_or_paths no/such", "Cannot read 'no/such'"),
     ("--chat_template_kwargs {oops", "chat_template_kwargs"),
     ("--chat_template_kwargs [1]", "chat_template_kwargs"),
 ])
@@ -958,13 +910,8 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(**config))
 
 
-def t5():
-    config = transformers.T5Config(vocab_size=len(BYTES), d_model=16, num_layers=1)
-    return transformers.T5ForConditionalGeneration(config)
-
-
 @pytest.mark.parametrize("make, eos, expected", [
-    (bert, "<|endoftext|>", "causal language model"), (t5, "<|endoftext|>", "causal language model"),
+    (bert, "<|endoftext|>", "causal language model"),
     (lambda: rotary(len(BYTES) - 1), "<|endoftext|>", "embeds only"),
     (lambda: rotary(len(BYTES)), None, "no EOS token")])
 def test_models_that_do_not_fit_are_refused(tmp_path, make, eos, expected):
@@ -979,24 +926,15 @@ def test_help_shows_both_defaults(capsys):
         arguments("--help")
     said = " ".join(capsys.readouterr().out.split())
     assert "peak learning rate (default: 1e-06)" in said
-    assert re.search("Defaults of the built-in task: .*--learning_rate 0.001 ", said)
-    assert arguments().learning_rate == 0.001
-    assert arguments("--model_name_or_path m").learning_rate == 1e-6
-
-
-def test_exit_codes_of_the_program(tmp_path):
-    """As a user types it: one sentence on stderr, exit code 2, no traceback."""
-    command = [sys.executable, osp.__file__, "--num_generations", "1"]
-    done = subprocess.run(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path, timeout=120)
-    assert done.returncode == 2
-    assert done.stderr.startswith("osp: --")
-    assert done.stderr.count("\n") == 1
+    assert re.search('Defaults of the built-in task: .*"learning_rate": 0.001,', said)
+    rates = [arguments(words).learning_rate for words in ("", "--model_name_or_path m")]
+    assert rates == [0.001, 1e-6]
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path):
-    folder = saved(tmp_path, byte_level_tokenizer(CHAT + "thinking: {{ enable_thinking }}"))
+    folder = saved(tmp_path, byte_level_tokenizer("{{ enable_thinking }}" + CHAT))
     _, loaded = osp.load_model(folder, arguments('--chat_template_kwargs {"enable_thinking":false}'))
-    assert osp.framed(loaded, "hi").endswith("<|assistant|>\nthinking: False")
+    assert osp.framed(loaded, "hi").startswith("False<|user|>")
 
 
 def test_dropout_is_zero_and_stays_in_the_saved_configuration(tmp_path):
@@ -1007,22 +945,11 @@ def test_dropout_is_zero_and_stays_in_the_saved_configuration(tmp_path):
     assert model.config.resid_pdrop == model.config.attn_pdrop == 0.1
 
 
-def test_a_bf16_copy_is_frozen_and_leaves_the_model_and_its_buffers_alone():
-    model = rotary()
-    before = weights_of(model)
-    copied = osp.bf16_copy(model)
-    assert {weight.dtype for weight in copied.parameters()} == {torch.bfloat16}
-    assert not any(weight.requires_grad for weight in copied.parameters())
-    assert copied.model.rotary_emb.inv_freq.dtype == torch.float32
-    assert torch.equal(weights_of(model), before)
-    assert torch.equal(weights_of(copied), before.bfloat16())
-
-
 # End to end ---------------------------------------------------------------------------------------
-QUICK = """--sft_max_steps 3 --sft_batch_size 4 --num_train_prompts 12 --num_train_epochs 2 --save_steps 2
-    --prompts_per_step 4 --num_generations 4 --num_eval_prompts 8 --num_eval_pairs 8 --eval_steps 4"""
+QUICK = """--sft_max_steps 3 --sft_batch_size 4 --num_train_prompts 12 --num_train_epochs 2
+    --save_steps 2 --prompts_per_step 4 --num_generations 4 --num_eval_prompts 8 --num_eval_pairs 8
+    --eval_steps 4"""
 MORE_OF = {"osp": "", "tso": "--method tso --reference_steps 3 --label_margin 1e-6"}
-GO_ON = "--resume_from_checkpoint latest"
 CLOCK = ("seconds", "tokens_per_second")
 
 
@@ -1040,11 +967,11 @@ def weights_in(folder):
 
 
 def state_of(checkpoint):
-    return torch.load(checkpoint / "training_state.pt")
+    return torch.load(checkpoint, weights_only=True)
 
 
 def read_run(folder):
-    """The summary, the lines of metrics.jsonl and the weights of a run, without what a clock measured."""
+    """The summary, the metrics and the weights of a run, without what a clock measured."""
     summary = timeless(json.loads((folder / "summary.json").read_text()))
     lines = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return types.SimpleNamespace(folder=folder, summary=summary, lines=lines, weights=weights_in(folder))
@@ -1065,76 +992,80 @@ def same_weights(one, two):
 
 
 def same_runs(one, two):
-    return (one.summary, one.lines) == (two.summary, two.lines) and same_weights(one.weights, two.weights)
+    same_figures = (one.summary, one.lines) == (two.summary, two.lines)
+    return same_figures and same_weights(one.weights, two.weights)
+
+
+@contextmanager
+def copied_on_the_way(number):
+    """Runs leave copies of their folders, <folder>-in-sft before SFT is saved and <folder>-in-step
+    before the step of this number. A run that is killed there leaves the same."""
+    save_sft, measured_step = osp.save_sft, osp.measured_step
+
+    def save(models, args):
+        shutil.copytree(args.output_dir, f"{args.output_dir}-in-sft")
+        return save_sft(models, args)
+
+    def measure(models, rows, method, step, args):
+        if step + 1 == number:
+            shutil.copytree(args.output_dir, f"{args.output_dir}-in-step")
+        return measured_step(models, rows, method, step, args)
+
+    with mock.patch.multiple(osp, save_sft=save, measured_step=measure):
+        yield
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of each method, by its name. No test may change them."""
+    """A run of each method, by its name, with copies on its way. No test may change them."""
     folder = tmp_path_factory.mktemp("finished")
-    return {method: run(folder / method, more) for method, more in MORE_OF.items()}
+    with copied_on_the_way(6):
+        return {method: run(folder / method, more) for method, more in MORE_OF.items()}
 
 
-def killed_at_its_end(run, folder):
-    """A copy of a run without the file that ends it."""
-    shutil.copytree(run.folder, folder)
-    (folder / "summary.json").unlink()
+def copied(run, where, folder):
+    """A copy of a run's folder, or of one on its way, as if its command had made it here."""
+    folder /= "run"
+    shutil.copytree(f"{run.folder}{where}", folder)
+    arguments = folder / "arguments.json"
+    if arguments.exists():
+        arguments.write_text(arguments.read_text().replace(str(run.folder), str(folder)))
     return folder
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """A folder with a random `model` in bf16 with a chat template, and arguments to train it on prompts."""
+    """A folder with a random `model` in bf16 with a chat template; arguments to train it on prompts."""
     folder = tmp_path_factory.mktemp("real")
     data = write_lines(folder / "prompts.jsonl", [{"prompt": chat(f"what is {i} ?")} for i in range(40)])
     model = saved(folder / "model")
     return folder, f"--model_name_or_path {model} --dataset_name {data} --max_new_tokens 8"
 
 
-def test_every_run_leaves_curves_samples_and_a_model_card(finished):
+def test_every_run_leaves_its_figures_curves_and_a_table(finished):
     run = finished["osp"]
     first, last = run.lines[0], run.lines[-1]
     assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
-    assert run.summary["steps"] == 6
     assert abs(first["kl"]) < 1e-4 and abs(first["margin"]) < 1e-5
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert [line["step"] for line in run.lines if "eval_kl" in line] == [4, 6]
     own = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
     assert own.items() <= run.summary.items()
     assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    samples = (run.folder / "samples.md").read_text()
-    assert [part.split()[0] for part in samples.split("## Step ")[1:]] == ["1", "4", "6"]
-    assert samples.count("* score ") == 9 * 4  # three steps, three prompts each, K = 4
-    card = (run.folder / "README.md").read_text()
-    table = card.split("```\n")[1]
-    assert "built-in task" in card and "seed 0" in card and table in run.said
-    assert "8 held-out prompts" in table and "order_agreement" in table and "cut_fraction" in table
-    for name in ("gold_reward", "win_rate_vs_sft", "response_tokens", "judge_accuracy"):
-        assert f"{run.summary[name]:.3f}" in table
-    arguments = json.loads((run.folder / "arguments.json").read_text())
-    assert arguments["num_generations"] == 4
-    assert arguments["beta"] == 0.1
-
-
-def test_samples_of_later_steps_go_when_a_run_goes_on(tmp_path):
-    args = osp.Arguments(output_dir=tmp_path)
-    found = [osp.Candidate([3], "a\nb", score=0.5), osp.Candidate([4], "c", score=0.7)]
-    pair = pair_of(found[1], found[0], 0.75)
-    pairs = [pair, pair_of(*found, 1.2e-5), pair_of(*found, None)]
-    for step in (1, 4, 6, 4):
-        osp.write_samples(step, [pair.row], [found], pairs, args)
-    text = (tmp_path / "samples.md").read_text()
-    assert [part.split()[0] for part in text.split("## Step ")[1:]] == ["1", "4"]
-    assert text.index("score 0.700: c") < text.index("score 0.500: a b")
-    assert text.endswith("0.750, 0.000, dropped\n")
+    assert run.said.count("\n  policy: ") == 3
+    for name in ("gold_reward", "win_rate_vs_sft", "judge_accuracy", "cut_fraction"):
+        assert re.search(f"\n{name} .*{run.summary[name]:.3f}\n", run.said)
+    line = (run.folder / "metrics.jsonl").read_text().splitlines()[0]
+    stages = re.findall(r'"seconds_(\w+)": (?!0.0,)', line)
+    assert stages == ["sample", "rank", "judge", "reference", "update"]
 
 
 def test_max_steps_0_only_evaluates_and_arguments_json_is_the_first_file(tmp_path, monkeypatch):
-    written, real = [], os.replace
-    monkeypatch.setattr(os, "replace", lambda one, two: (written.append(Path(two).name), real(one, two)))
+    replace = mock.Mock(wraps=os.replace)
+    monkeypatch.setattr(os, "replace", replace)
     found = run(tmp_path, "--max_steps 0")
-    assert written[0] == "arguments.json"
-    assert written[-1] == "summary.json"
+    first, *_, last = [call.args[1].name for call in replace.call_args_list]
+    assert (first, last) == ("arguments.json", "summary.json")
     assert found.lines == [] and abs(found.summary["kl"]) < 1e-5
     assert same_weights(found.weights, weights_in(tmp_path / "sft"))
 
@@ -1155,214 +1086,243 @@ def test_figures_that_mean_nothing_are_warned_of(figures, warning):
     assert (warning or "") in table
 
 
-def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real):
-    found = run(tmp_path, real[1], "--max_steps 2 --gradient_checkpointing")
-    assert found.summary["self_judged"]
-    assert found.summary["prompts"] == 12
-    assert "gold_reward" not in found.summary
-    assert "judge_accuracy" not in found.summary
+@pytest.mark.parametrize("more, self_judged", [
+    ("--gradient_checkpointing", True),
+    ("--method tso --label_margin 1e-9 --eval_judge_name_or_path {model}", False)])
+def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real, more, self_judged):
+    folder, words = real
+    found = run(tmp_path, words, "--max_steps 2", more.format(model=folder / "model"))
+    assert found.summary["self_judged"] is self_judged
+    assert (found.summary["prompts"], len(found.lines)) == (12, 2)
+    assert not {"gold_reward", "judge_accuracy"} & found.summary.keys()
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
-    assert "self-judged: True" in found.said and "no SFT" in found.said
+    assert f"self-judged: {self_judged}" in found.said and "SFT: False" in found.said
 
 
 def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp_path, monkeypatch):
     """While a step is logged the policy and the frozen start are alive, and no third model."""
-    loaded, alive, load_model, log_step = [], [], osp.load_model, osp.log_step
+    loaded, alive, load_model, step_figures = [], [], osp.load_model, osp.step_figures
 
     def load(*args):
         model, tokenizer = load_model(*args)
         loaded.append(weakref.ref(model))
         return model, tokenizer
 
-    def log(*args):
+    def figures(*args):
         alive.append(sum(ref() is not None for ref in loaded))
-        log_step(*args)
+        return step_figures(*args)
 
     monkeypatch.setattr(osp, "load_model", load)
-    monkeypatch.setattr(osp, "log_step", log)
-    found = run(tmp_path, "--bf16 --max_steps 2 --micro_batch_size 8")
+    monkeypatch.setattr(osp, "step_figures", figures)
+    found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
     assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
     assert abs(found.lines[0]["margin"]) < 0.05
     assert abs(found.lines[0]["kl"]) < 0.3
-    assert alive == [2, 2]
+    assert alive == [2]
 
 
 def test_a_step_of_identical_pairs_makes_no_update(tmp_path, monkeypatch):
     monkeypatch.setattr(osp, "sample", lambda model, prompt_ids, *_: [[5, 1] for _ in prompt_ids])
-    monkeypatch.setattr(osp, "update", None)  # not to be called
-    lines = run(tmp_path, "--max_steps 2 --save_steps 1").lines
-    counts = [(line["pairs"], line["dropped_identical_pairs"], line.get("loss")) for line in lines]
+    with copied_on_the_way(2):
+        found = run(tmp_path / "run", "--sft False --max_steps 2 --save_steps 1")
+    counts = [(line["pairs"], line["dropped_identical_pairs"], line.get("loss")) for line in found.lines]
     assert counts == [(0, 8, None)] * 2
+    assert same_weights(found.weights, osp.builtin_model(0)[0].state_dict())
     # torch would give a fresh AdamW a step that it never made
-    assert "optimizer" not in state_of(tmp_path / "checkpoint-1")
+    assert "optimizer" not in state_of(tmp_path / "run-in-step" / "metrics.pt")
+    assert same_runs(run(tmp_path / "run-in-step", "--sft False --max_steps 2 --save_steps 1"), found)
 
 
 # Save and resume ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", MORE_OF)
-def test_a_resumed_run_equals_one_left_alone(tmp_path, monkeypatch, finished, method):
-    """Interrupted a step after the checkpoint, whose line of metrics.jsonl is done again."""
-    more, real = MORE_OF[method], osp.train_step
-
-    def interrupted(models, rows, method, step, args):
-        if step == 5:
-            raise KeyboardInterrupt
-        return real(models, rows, method, step, args)
-
-    with monkeypatch.context() as patches, pytest.raises(KeyboardInterrupt):
-        patches.setattr(osp, "train_step", interrupted)
-        run(tmp_path, more)
-    with stopped("beta was 0.1, is 0.5"):
-        run(tmp_path, more, GO_ON, "--beta 0.5")
-    with stopped("already holds a run"):
-        run(tmp_path, more)
-    assert same_runs(run(tmp_path, more, GO_ON, "--save_steps 4"), finished[method])
-    with stopped("already holds a run"):  # a finished one is not done again
-        run(tmp_path, more, GO_ON)
+@pytest.mark.parametrize("method, where, lost", [
+    ("osp", "-in-step", "metrics.pt"), ("tso", "-in-step", None), ("osp", "-in-sft", None),
+    ("osp", "-in-sft", "sft.pt")])
+def test_a_run_gone_on_with_equals_one_left_alone(tmp_path, finished, method, where, lost):
+    """With its checkpoint, or without it, which starts the phase anew. The step before has its line."""
+    folder, other = copied(finished[method], where, tmp_path), finished[method]
+    if lost:
+        (folder / lost).unlink()
+    assert same_runs(run(folder, MORE_OF[method]), other)
+    assert files_in(folder).keys() == files_in(other.folder).keys()
 
 
-def meet(moment, folder):
-    """Makes the n-th call of a function meet a signal."""
-    name, n, number = moment.split(":")
-    owner = {"replace": os, "save": torch}.get(name, osp)
-    real, calls = getattr(owner, name), itertools.count(1)
-
-    def met(*args, **more):
-        if next(calls) == int(n):
-            if name == "log_step":
-                with (folder / "metrics.jsonl").open("a") as file:
-                    file.write('{"step": 1, "lo')  # half a line
-            if name == "save":
-                args[1].write_bytes(b"half")
-            os.kill(os.getpid(), int(number))
-        return real(*args, **more)
-
-    setattr(owner, name, met)
+def test_a_checkpoint_holds_the_reference_where_it_moves(finished):
+    folder = finished["tso"].folder
+    state = state_of(f"{folder}-in-step/metrics.pt")
+    assert state["step"] == 4
+    assert not same_weights(state["reference"], weights_in(folder / "sft"))
+    assert not same_weights(state["reference"], state["policy"])
+    names = state_of(f"{finished['osp'].folder}-in-step/metrics.pt").keys()
+    assert names == {"step", "scheduler", "policy", "optimizer"}
 
 
-def run_apart(folder, moment, *more):
-    """A run in a process of its own, which meets a signal at this moment; its status."""
+def apart(folder, work):
+    """Does work in a process of its own, which writes into folder/said. Returns its exit code, or less
+    the signal that ended it."""
     if pid := os.fork():
-        return os.waitpid(pid, 0)[1]
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code = 99
     try:
-        sys.stdout = (folder.parent / "said").open("a")
-        if moment:
-            meet(moment, folder)
-        osp.main(command(folder, *more))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        sys.stdout = sys.stderr = (folder / "said").open("a")
+        work()
         code = 0
-    except osp.Stop as stop:
-        print(stop)
-        code = stop.code
+    except SystemExit as end:
+        code = end.code or 0
     finally:
         sys.stdout.flush()
         os._exit(code)
 
 
+def meet(number, owner, name, n, leave=lambda *args: None):
+    """Makes the n-th call of a function meet a signal, after it has left something half done."""
+    real, calls = getattr(owner, name), itertools.count(1)
+
+    def met(*args, **more):
+        if next(calls) == n:
+            leave(*args)
+            os.kill(os.getpid(), number)
+        return real(*args, **more)
+
+    setattr(owner, name, met)
+
+
+def half_a_file(state, path):
+    path.write_bytes(b"half")
+
+
+def half_a_line(models, rows, method, step, args):
+    with (args.output_dir / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+
+
+MOMENTS = [
+    (osp, "supervised_tasks", 4),
+    (torch, "save", 1, half_a_file),  # sft.pt
+    (transformers.PreTrainedTokenizerFast, "save_pretrained", 1),  # in sft/, after its weights
+    (osp, "measured_step", 4, half_a_line),
+    (torch, "save", 1, half_a_file),  # metrics.pt
+    (osp, "optimizer_step", 2),
+    (transformers.PreTrainedTokenizerFast, "save_pretrained", 1)]  # of the final model
+
+
 def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path):
-    """Real processes, real signals: in SFT, while a checkpoint, the SFT model and the final one are written,
-    in a step, in half a line of metrics.jsonl; and Ctrl-C and SIGTERM, which save a checkpoint first."""
-    moments = [
-        "supervised_tasks:4:9", "save:1:9", "supervised_tasks:2:2", "replace:4:9", "log_step:4:9", "save:1:9",
-        "update:2:15", "save_model:1:9"]
-    more, alone, killed = "--sft_max_steps 7 --save_total_limit 1", tmp_path / "alone", tmp_path / "killed"
+    """Real processes, real signals."""
+    more, alone, killed = "--sft_max_steps 7", tmp_path / "alone", tmp_path / "killed"
     osp.builtin_preferences()  # now, not in each process
-    statuses = [run_apart(alone, "", more), run_apart(killed, moments[0], more)]
-    for moment in [*moments[1:], ""]:
-        statuses.append(run_apart(killed, moment, more, GO_ON))
-    said = (tmp_path / "said").read_text()
-    expected = [130 << 8 if moment.endswith((":2", ":15")) else 9 for moment in moments]
-    assert statuses == [0, *expected, 0], said
-    assert "interrupted; sft-checkpoint-4 is saved" in said
-    assert said.count("interrupted; checkpoint-4 is saved") == 1
+
+    def go_on():
+        osp.main(command(killed, more))
+
+    def die():
+        meet(signal.SIGKILL, *moment)
+        go_on()
+
+    assert apart(tmp_path, lambda: osp.main(command(alone, more))) == 0
+    for moment in MOMENTS:
+        assert apart(tmp_path, die) == -signal.SIGKILL, moment
+    assert apart(tmp_path, go_on) == 0, (tmp_path / "said").read_text()
     assert same_runs(read_run(alone), read_run(killed))
-    names, others = [{str(path.relative_to(run)) for path in run.rglob("*")} for run in (alone, killed)]
-    assert names == others
-    assert "checkpoint-2" not in names  # no more than one was asked for
-    assert not any("partial" in name or "sft-checkpoint" in name for name in names)
-    for name in ("model", "sft/model", "checkpoint-4/model"):
-        assert (alone / f"{name}.safetensors").read_bytes() == (killed / f"{name}.safetensors").read_bytes()
-    assert (alone / "samples.md").read_bytes() == (killed / "samples.md").read_bytes()
+    files, others = files_in(alone), files_in(killed)
+    assert files.keys() == others.keys()
+    for name in files:
+        if name.endswith((".safetensors", "sft.jsonl")):
+            assert files[name] == others[name]
 
 
-def test_checkpoints_are_told_from_other_folders(tmp_path):
-    for name in ("checkpoint-10", "checkpoint-9", "checkpoint-9-old", "sft-checkpoint-3"):
-        (tmp_path / name).mkdir()
-    found = osp.checkpoints(osp.Arguments(output_dir=tmp_path), "checkpoint")
-    assert [path.name for path in found] == ["checkpoint-9", "checkpoint-10"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_the_command_line_says_of_signals_and_mistakes(tmp_path, number):
+    def typed(*more):
+        sys.argv = [osp.__file__, *command(tmp_path / "run", "--save_steps 1", *more)]
+        runpy.run_path(osp.__file__, run_name="__main__")
+
+    def interrupted():
+        meet(number, torch, "save", 1)
+        typed()
+
+    assert apart(tmp_path, interrupted) == 130
+    assert apart(tmp_path, lambda: typed("--beta 0.5")) == 2
+    said = (tmp_path / "said").read_text()
+    assert "osp: interrupted; the same command goes on from the last checkpoint.\n" in said
+    assert said.endswith("or remove the folder.\n") and "osp: " + str(tmp_path) in said
+    assert "Traceback" not in said
 
 
-def test_a_damaged_checkpoint_is_named_with_the_older_ones(tmp_path, finished):
-    folder = killed_at_its_end(finished["osp"], tmp_path / "run")
-    for name in ("model.safetensors", "training_state.pt"):
-        path = folder / "checkpoint-4" / name
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) // 2])
-        with stopped(r"checkpoint-4' is damaged .*: delete it.*\(checkpoint-2\)"):
-            run(folder, GO_ON)
-        path.write_bytes(whole)
+def locked(folder):
+    """Takes a run's lock, as another process at work would."""
+    lock = (folder / ".lock").open("w")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    return lock
 
 
-def test_a_full_disk_costs_no_older_checkpoint(tmp_path, monkeypatch, finished):
-    """Nor does a checkpoint that the user deleted."""
-    folder, save_model = killed_at_its_end(finished["osp"], tmp_path / "run"), osp.save_model
-    with monkeypatch.context() as patches, stopped("Cannot write .*run'.*make room", code=1):
-        patches.setattr(osp, "save_model", mock.Mock(side_effect=OSError(28, "No space left")))
-        run(folder, GO_ON)  # only the final model is left to write
-    shutil.rmtree(folder / "checkpoint-4")
-    for error in (OSError(28, "No space left"), RuntimeError("torch's"), osp.SafetensorError("safetensors'")):
-
-        def full(models, folder):
-            save_model(models, folder)
-            raise error
-
-        with monkeypatch.context() as patches, stopped("Cannot write .*checkpoint-4.*make room", code=1):
-            patches.setattr(osp, "save_model", full)
-            run(folder, GO_ON)
-        names = {path.name for path in folder.iterdir()}
-        assert "checkpoint-2" in names and "checkpoint-4" not in names
-        assert not any("partial" in name for name in names)
-    assert same_runs(run(folder, GO_ON), finished["osp"])
+def halved(name):
+    """Leaves the first half of a file."""
+    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
 
 
-def test_nothing_written_is_lost_by_a_mistake(tmp_path, finished):
-    """Inputs are checked before an old run is removed."""
-    folder = tmp_path / "run"
-    shutil.copytree(finished["osp"].folder, folder)
-    before = sorted(path.name for path in folder.iterdir())
-    assert {"checkpoint-4", "metrics.jsonl", "summary.json", "model.safetensors", "sft"} <= set(before)
-    for more in ("", "--overwrite_output_dir --model_name_or_path nowhere",
-                 "--overwrite_output_dir --resume_from_checkpoint checkpoint-9"):
-        with stopped("already holds|nowhere|checkpoint-9"):
-            run(folder, more)
-        assert sorted(path.name for path in folder.iterdir()) == before
-    (folder / "chat_template.jinja").write_text("of another model")
-    assert run(folder, "--overwrite_output_dir --max_steps 1").summary["steps"] == 1
-    assert not (folder / "checkpoint-4").exists()
-    assert not (folder / "chat_template.jinja").exists()
-    (tmp_path / "file").write_text("")
+@pytest.mark.parametrize("where, change, more, sentence", [
+    ("-in-step", None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
+    ("", None, "--beta 0.5", "beta was 0.1, is 0.5"),
+    ("-in-step", locked, "", "Another process is at work in"),
+    ("-in-step", halved("metrics.pt"), "", "metrics.pt is damaged .*: remove it, and the same command"),
+    ("-in-sft", halved("sft.pt"), "", "sft.pt is damaged"),
+    ("-in-step", lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run"),
+    ("/sft", None, "", "other files and no run: give another --output_dir"),
+])
+def test_what_cannot_go_on_ends_in_one_sentence_and_changes_nothing(
+        tmp_path, finished, where, change, more, sentence):
+    folder = copied(finished["osp"], where, tmp_path)
+    held = change and change(folder)
+    before = files_in(folder)
+    with stopped(sentence):
+        run(folder, more)
+    assert files_in(folder) == before
+    del held  # the lock
+
+
+def test_a_finished_run_is_shown_and_not_done_again(monkeypatch, finished):
+    monkeypatch.setattr(osp, "load_model", None)
+    for method, found in finished.items():
+        before = files_in(found.folder)
+        again = run(found.folder, MORE_OF[method])
+        assert again.said.startswith("This run was finished before.")
+        assert osp.report_table(found.summary, method.upper()) in again.said
+        assert same_runs(again, found)
+        assert files_in(found.folder) == before
+
+
+def test_a_full_disk_costs_no_file(tmp_path, monkeypatch, finished):
+    """While the SFT model, a checkpoint or the final model is written; the same command goes on."""
+    folder = copied(finished["osp"], "-in-sft", tmp_path)
+    full = OSError(28, "No space left on device")
+    for owner, name, error in (
+            (osp, "save_model", full), (torch, "save", full), (torch, "save", RuntimeError("torch's"))):
+        before = files_in(folder).keys() - {"sft.pt"}
+        with monkeypatch.context() as patches, stopped("Cannot write .*make room", code=1):
+            patches.setattr(owner, name, mock.Mock(side_effect=error))
+            run(folder)
+        assert before <= files_in(folder).keys()
+    with monkeypatch.context() as patches, stopped("Cannot write .*make room", code=1):
+        patches.setattr(osp, "save_model", mock.Mock(side_effect=full))  # SFT is done: the final one
+        run(folder)
+    assert (folder / "metrics.pt").exists()
+    assert same_runs(run(folder), finished["osp"])
     with stopped("Cannot write .*--output_dir", code=1):
-        run(tmp_path / "file" / "run")
-
-
-def test_a_folder_that_is_no_run_is_never_written_into(real):
-    parent, words = real
-    model = parent / "model"
-    before = {path.name: path.read_bytes() for path in model.iterdir()}
-    for folder in (model, parent, model / "run"):
-        for more in (GO_ON, "--overwrite_output_dir", ""):
-            with stopped("give another"):
-                run(folder, words, more)
-    with stopped("give another"):  # nor when the model is another one
-        run(model, "--overwrite_output_dir")
-    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+        run(folder / "summary.json" / "run")
 
 
 # Several processes --------------------------------------------------------------------------------
 TORCHRUN = """
-import json, runpy, sys
+import json, runpy, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import osp
+measured_step = osp.measured_step
+def measure(models, rows, method, step, args):
+    if step == 1 and osp.RANK == 0 and method.moves_reference:
+        shutil.copytree(args.output_dir, str(args.output_dir) + '-in-step', dirs_exist_ok=True)
+    return measured_step(models, rows, method, step, args)
+osp.measured_step = measure
 *runs, last = json.loads(sys.argv[2])
 for run in runs:
     osp.main(run)
@@ -1383,15 +1343,15 @@ def torchrun(folder, *runs):
 def assert_close(one, two):
     """Two runs that differ in the order of their sums alone.
 
-    A log-probability sums 16 tokens, each off by a few times 2^-24 of logits of size 10: by 1e-5 at most, and
-    so do margins, KL and losses; 1e-3 leaves room. AdamW divides a gradient by its size, so where one is
-    nearly 0 its sign is anyone's; but all such weights are a small part of the way that the weights went."""
+    A log-probability sums 16 tokens, each off by a few times 2^-24 of logits of size 10, by 1e-5 at
+    most, as margins, KL and losses are; 1e-3 leaves room. AdamW divides a gradient by its size, so where
+    one is nearly 0 its sign is anyone's; but such weights are a small part of the way they all went."""
     for figures, others in zip([one.summary, *one.lines], [two.summary, *two.lines], strict=True):
         assert figures.keys() == others.keys()
         for name, value in figures.items():
             if name == "grad_norm":
                 assert others[name] == pytest.approx(value, rel=1e-2)
-            elif name not in ("margin_accuracy", "written_by"):  # of margins that are 0 up to rounding
+            elif name != "margin_accuracy":  # of margins that are 0 up to rounding
                 assert others[name] == pytest.approx(value, abs=1e-3), name
     start, gone, other = [
         torch.cat([weight.flatten() for weight in weights.values()])
@@ -1400,60 +1360,55 @@ def assert_close(one, two):
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """SFT, then steps of 3, 1, 3, 1 prompts with a pair each, so that the second process has none in every
-    other step; then each goes on with what the other wrote of TSO, whose checkpoints hold what OSP's do."""
+    """SFT, then steps of 3, 1, 3, 1 prompts with a pair each, so that the second process has none in
+    every other step. Each goes on with what the other left of TSO, whose checkpoints hold the most."""
     small = """--sft_max_steps 2 --prompts_per_step 3 --num_train_prompts 4 --num_eval_prompts 3
         --num_eval_pairs 3 --save_steps 1 --micro_batch_size 4 --beta 1 --learning_rate 1e-4
         --sft_learning_rate 1e-4 --num_generations"""
-    options = {"osp": f"{small} 2", "tso": f"{MORE_OF['tso']} {small} 3 --reference_steps 2"}
-    alone = {method: run(tmp_path / method, more) for method, more in options.items()}
-    back = killed_at_its_end(alone["tso"], tmp_path / "back")
-    shutil.rmtree(back / "checkpoint-3")
+    options = {"osp": f"{small} 2", "tso": f"{MORE_OF['tso']} {small} 3 --reference_steps 1"}
+    with copied_on_the_way(2):
+        alone = {method: run(tmp_path / method, more) for method, more in options.items()}
+    shutil.copytree(tmp_path / "tso-in-step", tmp_path / "back")
     runs = [command(tmp_path / f"{method}-two", more) for method, more in options.items()]
-    done = torchrun(tmp_path, *runs, command(back, options["tso"], GO_ON), runs[0])
-    assert done.returncode == 1 and done.stderr.count("already holds a run") == 1, done.stderr
+    runs += [command(tmp_path / "back", options["tso"]), runs[0]]
+    done = torchrun(tmp_path, *runs, runs[0] + ["--beta", "0.5"])
+    assert done.returncode == 1 and done.stderr.count("beta was 1.0, is 0.5") == 1, done.stderr
     assert done.stderr.count("Traceback") == 1  # torchrun's own
     assert done.stdout.splitlines()[:3] == alone["osp"].said.splitlines()[:3]
-    assert_close(alone["tso"], read_run(back))
-    for method, one in alone.items():
-        two = tmp_path / f"{method}-two"
-        assert_close(one, read_run(two))
-        states = [state_of(folder / "checkpoint-1")["optimizer"]["state"] for folder in (one.folder, two)]
-        for name in states[0]:  # after one step exp_avg is a tenth of the gradient
-            own, other = [state[name]["exp_avg"] for state in states]
-            assert type(other) is torch.Tensor
-            assert (own - other).abs().max() <= 1e-3 * own.abs().max() + 1e-12
-    (tmp_path / "tso-two" / "summary.json").unlink()
-    assert_close(alone["tso"], run(tmp_path / "tso-two", options["tso"], GO_ON))
+    assert done.stdout.count("finished before") == 1
+    states = [state_of(tmp_path / f"{name}-in-step" / "metrics.pt") for name in ("tso", "tso-two")]
+    moments = [state["optimizer"]["state"] for state in states]
+    for name in moments[0]:  # after one step exp_avg is a tenth of the gradient
+        own, other = [moment[name]["exp_avg"] for moment in moments]
+        assert type(other) is torch.Tensor
+        assert (own - other).abs().max() <= 1e-3 * own.abs().max() + 1e-12
+    assert_close(alone["osp"], read_run(tmp_path / "osp-two"))
+    for folder in ("tso-two", "back"):
+        assert_close(alone["tso"], read_run(tmp_path / folder))
+    assert_close(alone["tso"], run(tmp_path / "tso-two-in-step", options["tso"]))
 
 
 # TSO ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("K, shares", [(8, [3, 3, 2]), (3, [1, 1, 1]), (4, [2, 1, 1])])
-def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(K, shares):
-    models, args = builtin_models(1, 0, 2), osp.Arguments(num_generations=K, max_new_tokens=6)
+@pytest.mark.parametrize("K, shares", [(8, [2, 2, 2, 2]), (4, [1, 1, 1, 1]), (6, [2, 2, 1, 1])])
+def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path, K, shares):
+    """A model of the matrix may have another tokenizer: its texts are encoded anew for the policy."""
+    other, models = saved(tmp_path, PIECES), builtin_models(1, 0, 2)
+    args = arguments(f"--num_generations {K} --max_new_tokens 6 --matrix_model_names_or_paths {other}")
     said = [["rain is warm .", "snow is ugly ."], ["tea is sweet .", "tea is awful ."]]
     rows = osp.distinct_prompts(models.tokenizer, [(RAIN, *texts) for texts in said], 1)
+    method = osp.tso(args)
     for step in (0, 1, 2):
-        [found] = osp.tso(args).sample(models, rows, step, args)
+        [found] = method.sample(models, rows, step, args)
         sources = [one.source for one in found]
-        assert [sources.count(role) for role in ("policy", "reference", "start")] == shares
+        assert [sources.count(one) for one in ("policy", "reference", "start", other)] == shares
         assert sources[0] == "policy"  # the baseline of ranking is on-policy
         assert [one.text for one in found[K:]] == said[step % 2]
         assert sources[K:] == list(osp.HUMAN)
-        for one in found[K:]:
-            assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
-    [alone] = osp.respond(models.reference, models.tokenizer, rows, range(1, K, 3), 2, args)
+        for one in found:
+            if one.source in (other, *osp.HUMAN):
+                assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
+    [alone] = osp.respond(models.reference, models.tokenizer, rows, range(1, K, 4), 2, args)
     assert [one.ids for one in alone] == [one.ids for one in found if one.source == "reference"]
-
-
-def test_a_matrix_model_may_have_another_tokenizer(tmp_path):
-    other, models = saved(tmp_path, PIECES), builtin_models(1, 0, 2)
-    args = arguments(f"--num_generations 4 --max_new_tokens 6 --matrix_model_names_or_paths {other}")
-    rows = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
-    [found] = osp.tso(args).sample(models, rows, 0, args)
-    assert [one.source for one in found] == ["policy", "reference", "start", other]
-    assert [found[3].ids] == osp.encode_responses(models.tokenizer, [RAIN], [found[3].text], 6)
-    assert max(found[3].ids) < len(models.tokenizer)
 
 
 def test_corrections_keep_sure_verdicts_and_let_a_human_overrule_the_judge(monkeypatch):
@@ -1468,37 +1423,10 @@ def test_corrections_keep_sure_verdicts_and_let_a_human_overrule_the_judge(monke
     for pair, label in zip(pairs, labels):
         pair.strength = label
     del pairs[1]
-    reward_1, reward_2 = torch.tensor([0.3, 0.1, 0.1, 0.5, 0.1]), torch.tensor([-0.3, 0.1, 0.3, 0.1, 0.1])
-    figures = osp.tso_figures(pairs, reward_1, reward_2, clip=0.2)
-    assert figures["overruled_verdicts"] == 1  # the human chose what the judge gave 0.3
-    assert figures["winners_clipped"] == figures["losers_clipped"] == pytest.approx(1 / 5)
-    assert figures["written_by"] == {"policy": 2, "start": 3, osp.HUMAN[0]: 3, osp.HUMAN[1]: 2}
-
-
-def test_the_reference_becomes_the_policy_every_so_many_steps():
-    models, args = builtin_models(1, 0, 2), osp.Arguments(reference_steps=3)
-    policy, start, reference = map(weights_of, (models.policy, models.start, models.reference))
-    for step, expected in enumerate([reference, reference, policy]):
-        osp.move_reference(models, step, args)
-        assert torch.equal(weights_of(models.reference), expected)
-    models.policy.lm_head.weight.data += 1.0
-    assert torch.equal(weights_of(models.reference), policy)  # a copy
-    assert torch.equal(weights_of(models.start), start)
-
-
-def test_the_checkpoint_has_the_reference_that_moved(finished):
-    folder = finished["tso"].folder
-    assert not same_weights(state_of(folder / "checkpoint-4")["reference"], weights_in(folder / "sft"))
-    assert "reference" not in state_of(finished["osp"].folder / "checkpoint-4")
-
-
-def test_tso_on_a_real_model_without_human_responses(tmp_path, real):
-    folder, words = real
-    more = "--method tso --max_steps 2 --label_margin 1e-9 --eval_judge_name_or_path"
-    found = run(tmp_path, words, more, str(folder / "model"))
-    assert len(found.lines) == 2
-    assert found.said.count("no human responses") == 1
-    assert not found.summary["self_judged"]
+    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1], [-0.3, 0.1, 0.3, 0.1, 0.1]])
+    figures = osp.tso_figures(pairs, *rewards, clip=0.2)
+    assert figures == pytest.approx({  # the human chose what the judge gave 0.3
+        "overruled_verdicts": 1, "winners_clipped": 1 / 5, "losers_clipped": 1 / 5})
 
 
 # Data collection ----------------------------------------------------------------------------------
@@ -1510,184 +1438,184 @@ def labels_in(folder):
     return [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
 
 
-def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path):
+def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path, capsys):
     with stopped("No pair is left to ask about"):
         osp.main(command(tmp_path / "none", COLLECT, "--min_strength 0.999"))
-    tmp_path /= "run"
-    summary = osp.main(command(tmp_path, COLLECT))
-    rows = labels_in(tmp_path)
+    folder = tmp_path / "run"
+    summary = osp.main(command(folder, COLLECT))
+    rows, before = labels_in(folder), files_in(folder)
     assert summary["labels"] == 3 == len(rows)
     assert summary["prompts"] == 12 == summary["prompts_kept"]
-    assert {(row["labeller"], row["chosen_from"]) for row in rows} == {("truth", "start")}
-    read = osp.load_preferences(str(tmp_path / "preferences.jsonl"))
+    read = osp.load_preferences(str(folder / "preferences.jsonl"))
     assert read == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    assert json.loads((tmp_path / "summary.json").read_text()) == summary
-    again = osp.main(command(tmp_path, COLLECT, "--overwrite_output_dir --num_labels 1"))
-    assert again["labels"] == 1 == len(labels_in(tmp_path))  # nothing of the first run was left
+    assert osp.main(command(folder, COLLECT)) == summary  # shown again
+    assert capsys.readouterr().out.count("To train on the labels: --dataset_name") == 2
+    (folder / "summary.json").unlink()
+    (folder / "preferences.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    assert osp.main(command(folder, COLLECT)) == summary
+    assert files_in(folder) == before
 
 
 def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, real):
-    def collect(more=""):
-        return osp.main(command(tmp_path, COLLECT, real[1], more))
+    def collect(*answers, more=""):
+        """The answers are typed, as by a human or a program; an exception comes instead of a key."""
+        with mock.patch("builtins.input", side_effect=answers):
+            return osp.main(command(tmp_path, COLLECT, real[1], more))
 
-    def answers():
-        return json.loads((tmp_path / "answers.json").read_text())
-
-    monkeypatch.setattr("sys.stdin", io.StringIO("1\nx\ns\n2\nu\n"))  # as a human or a program would
-    with stopped("2 answers are in .*the same command, without --overwrite.*, goes on", code=0):
-        collect()  # the input ended, as with q
-    assert answers() == ["1", "s"]
+    with stopped("All answers are in preferences.jsonl; the same command goes on", code=0):
+        collect("1", "x", "s", EOFError)
     assert "'x' is none of these keys" in capsys.readouterr().out
     first = labels_in(tmp_path)
-    with monkeypatch.context() as patches:
-        patches.setattr("builtins.input", mock.Mock(side_effect=["2", KeyboardInterrupt]))
-        with pytest.raises(KeyboardInterrupt):
-            collect()
-    assert answers() == ["1", "s", "2"]
+    assert [row["chosen"] is None for row in first] == [False, True]
+    with pytest.raises(KeyboardInterrupt):
+        collect("2", KeyboardInterrupt)
     with stopped("num_labels was 3, is 4"):
-        collect("--num_labels 4")
-    monkeypatch.setattr("sys.stdin", io.StringIO("q\n"))
-    with stopped("3 answers are in", code=0):
-        collect()
-    monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
-    assert collect()["labels"] == 3
+        collect(more="--num_labels 4")
+    assert collect("1")["labels"] == 3
     rows = labels_in(tmp_path)
-    assert rows[: len(first)] == first and len(rows) == 3 and {row["labeller"] for row in rows} == {"human"}
-    with stopped("already holds a run: give .*, or replace it with --overwrite_output_dir.$"):
-        collect()
-    with stopped("lie in one another"):
-        collect(f"--overwrite_output_dir --dataset_name {tmp_path / 'preferences.jsonl'}")
+    assert rows[:2] == first and len(rows) == 4
+    kept = [row for row in rows if row["chosen"]]
+    assert len({(str(row["prompt"]), *sorted((row["chosen"], row["rejected"]))) for row in kept}) == 3
+    assert len(osp.load_preferences(str(tmp_path / "preferences.jsonl"))) == 3
 
 
 @given(st.lists(st.tuples(TEXT, TEXT, TEXT, st.sampled_from("12s")), min_size=1, max_size=5))
 @settings(max_examples=40, deadline=None)
 def test_whatever_responses_hold_the_file_reads_back_exactly(tmp_path_factory, questions):
-    asked, expected = [], []
+    asked, expected, args = [], [], osp.Arguments(output_dir=tmp_path_factory.getbasetemp())
     for prompt, one, two, answer in questions:
-        texts = {"prompt": prompt, "one": one, "two": two}
-        asked.append((texts | {"one_from": "a", "two_from": "b", "strength": 0.25}, answer))
-        if answer == "1":
-            expected.append((prompt, one, two, 0.25, "a"))
-        if answer == "2":
-            expected.append((prompt, two, one, 0.75, "b"))
-    args = osp.Arguments(output_dir=tmp_path_factory.getbasetemp())
-    osp.write_preferences(asked, "human", args)
-    lines = (args.output_dir / "preferences.jsonl").read_text("utf-8").split("\n")[:-1]
-    names = ("prompt", "chosen", "rejected", "strength", "chosen_from")
-    assert [tuple(json.loads(line)[name] for name in names) for line in lines] == expected
+        sides = osp.Candidate([], one), osp.Candidate([], two)
+        asked.append(osp.Question(row_of(prompt), *sides, 0.25, 0.0))
+        rows = {"1": (one, two, 0.25), "2": (two, one, 0.75), "s": (None, None, None)}
+        expected.append((prompt, *rows[answer]))
+    path = args.output_dir / "preferences.jsonl"
+    path.unlink(missing_ok=True)
+    with mock.patch.object(osp, "read_answer", side_effect=[answer for *_, answer in questions]):
+        labels = osp.ask_human(asked, None, args)
+        assert osp.ask_human(asked, None, args) == labels  # no answer is asked for twice
+    lines = path.read_text("utf-8").split("\n")[:-1]
+    assert [tuple(json.loads(line).values()) for line in lines] == expected
+    assert labels == sum(chosen is not None for _, chosen, *_ in expected)
 
 
 def test_no_character_of_a_response_controls_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
     evil = "\x1b[2Jred\x07\x9b5n \u202eright to left\ttab é 雪"
-    osp.read_answer({"prompt": "hi", "one": evil, "two": "fine"}, "0 of 3")
+    sides = osp.Candidate([], evil), osp.Candidate([], "fine")
+    osp.read_answer(osp.Question(row_of(), *sides, 0.5, 0.0), "0 of 3")
     said = capsys.readouterr().out
-    assert not any(mark in said for mark in "\x1b\x07\x9b\u202e\t") and "é 雪" in said and "red" in said
+    assert not {*"\x1b\x07\x9b\u202e\t"} & {*said}
+    assert "é 雪" in said and "red" in said
 
 
 def test_the_steps_of_collection_by_hand():
     """Prompts whose scores spread most are kept; the filter drops and counts."""
-    scores = [[0.5, 0.5, 0.5], [0.1, 0.9, 0.5], [0.4, 0.6, 0.5], [0.5, 0.8, 0.5]]
+    scores = [[0.5, 0.5], [0.1, 0.9], [0.4, 0.6], [0.5, 0.8]]
     candidates = [[osp.Candidate([], "", score=score) for score in row] for row in scores]
     assert osp.widest_spreads(candidates, 0.5) == [1, 3]
     assert osp.widest_spreads(candidates, 0.01) == [1]
     pairs = [pair_of(*texts) for texts in [
         ("a b c", "d e f", 0.7), ("a b c", "a b c"), ("a b c d", "a b c e", 0.7), ("a", "b", 0.52),
-        ("c", "d", 0.3), ("e", "f", 0.97), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7), ("k l", "k m", 0.8)]]
-    questions, counts = osp.worth_asking(pairs, osp.Arguments(max_similarity=0.7))
-    assert counts == {"pairs": 9, "usable": 7, "not_alike": 6, "no_tie": 5, "no_landslide": 3, "questions": 2}
-    assert [{question["one"], question["two"]} for question in questions] == [{"a b c", "d e f"}, {"c", "d"}]
-    for question in questions:  # the strength is that of the first one shown
-        expected = {"a b c": 0.7, "d e f": 0.3, "c": 0.3, "d": 0.7}[question["one"]]
-        assert question["strength"] == pytest.approx(expected)
-    shown = [osp.worth_asking(pairs, osp.Arguments(seed=seed))[0][0]["one"] for seed in range(20)]
-    assert len(set(shown)) > 1  # in random order
+        ("c", "d", 0.3), ("e", "f", 0.97), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7),
+        ("k l", "k m", 0.8)]]
+    firsts = set()
+    for seed in range(20):
+        questions, counts = osp.worth_asking(pairs, osp.Arguments(max_similarity=0.7, seed=seed))
+        assert counts == {
+            "pairs": 9, "usable": 7, "not_alike": 6, "no_tie": 5, "no_landslide": 3, "questions": 2}
+        asked = [(one.one.text, one.two.text, round(one.p, 6)) for one in questions]
+        assert asked[0] in [("a b c", "d e f", 0.7), ("d e f", "a b c", 0.3)]
+        assert asked[1] in [("c", "d", 0.3), ("d", "c", 0.7)]  # of the first one shown
+        firsts.add(asked[0])
+    assert len(firsts) == 2  # in random order
 
 
 # Golden vectors for ports -------------------------------------------------------------------------
 VECTORS_README = """# Golden vectors of osp.py
 
-`make vectors` writes them. A port must agree with pure.json and logps.safetensors (float64) to 1e-9 relative
-or 1e-12 absolute, and with steps.* (float32) to 1e-3 relative or 1e-4 absolute. Ids, lengths, masks and pairs
-are exact. Logarithms are natural. B = 3 prompts a step, K = 4 responses a prompt, P pairs or cases, N
-sequences, T tokens of the longest response, L of the longest whole sequence.
+`make vectors` writes them. A port must agree with pure.json and logps.safetensors (float64) to 1e-9
+relative or 1e-12 absolute, and with steps.* (float32) to 1e-3 relative or 1e-4 absolute. Ids, lengths,
+masks and pairs are exact. Logarithms are natural. B = 3 prompts a step, K = 4 responses a prompt, P
+pairs or cases, N sequences, T tokens of the longest response, L of the longest whole sequence.
 
 ## pure.json
-* `strength`: `logits_12`, `logits_21` (P, 2) are a judge's logits of the verdicts A and B, with response 1
-  shown as A, and with response 2 shown as A. `p_12`, `p_21` (P,) = the softmax's probability of A. `strength`
-  (P,), the probability that response 1 is better, = (p_12 + (1 - p_21)) / 2, in this form.
-* `ranking`: 8 responses to one prompt. The first is the baseline, always shown as A; each of the 8, itself
-  included, is shown as B. `logits` (8, 2) of A and B; `scores` (8,) = 1 - probability of A.
-* `pairs`, a list: `scores` of a prompt's responses, and `ranked`, pairs [better, worse] of their indices.
-  Sort by falling score; ties keep their order. Pair the first with the last, the second with the last but
-  one, and so on inwards; an odd number leaves out the middle one.
-* `logps`: what logps.safetensors pads. `prompt_ids`, `response_ids`: N lists. `pad`: the id of padding, which
-  is a real token elsewhere, so mask by position and never by id.
-* `spce`: of `reward_1`, `reward_2`, `strength` (P,), with h = reward_1 - reward_2 and p = strength, `loss`
-  (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)], never inf or nan. `gradient_1` (P,) = d loss / d
-  reward_1 = (1 - p) sigmoid(h) - p sigmoid(-h); the shorter sigmoid(h) - p loses digits where h is large.
-  `gradient_2` (P,) = d loss / d reward_2 = -gradient_1.
+* `strength`: `logits_12`, `logits_21` (P, 2) are a judge's logits of the verdicts A and B, with
+  response 1 shown as A, and with response 2 shown as A. `p_12`, `p_21` (P,) = the softmax's probability
+  of A. `strength` (P,), the probability that response 1 is better, = (p_12 + (1 - p_21)) / 2, in this
+  form.
+* `ranking`: 8 responses to one prompt. The first is the baseline, always shown as A; each of the 8,
+  itself included, is shown as B. `logits` (8, 2) of A and B; `scores` (8,) = 1 - probability of A.
+* `pairs`, a list: `scores` of a prompt's responses, and `ranked`, pairs [better, worse] of their
+  indices. Sort by falling score; ties keep their order. Pair the first with the last, the second with
+  the last but one, and so on inwards; an odd number leaves out the middle one.
+* `logps`: what logps.safetensors pads. `prompt_ids`, `response_ids`: N lists. `pad`: the id of padding,
+  which is a real token elsewhere, so mask by position and never by id.
+* `spce`: of `reward_1`, `reward_2`, `strength` (P,), with h = reward_1 - reward_2 and p = strength,
+  `loss` (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)], never inf or nan. `gradient_1` (P,) = d
+  loss / d reward_1 = (1 - p) sigmoid(h) - p sigmoid(-h); the shorter sigmoid(h) - p loses digits where
+  h is large. `gradient_2` (P,) = d loss / d reward_2 = -gradient_1.
 * `dual_clip`: a variant's loss, after TSO (arXiv 2409.02118), formulas reconstructed, of `reward_1`,
   `reward_2`, `label`, `clip` (P,). Where label > 0.5 response 1 is the winner and 2 the loser, else the
-  reverse. `loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward, -clip)). `gradient_1`,
-  `gradient_2` (P,) as above: 0 for a winner above clip, and 0 for a loser below -clip.
-* `adamw`: two steps from the parameters `start` (5,) with `gradients` (2, 5), not yet clipped. After each:
-  `parameters` (2, 5); in each: `grad_norms` (2,) before clipping, `learning_rates` (2,). Clipping: g *=
-  min(1, 1 / (norm + 1e-6)), the norm over all parameters. AdamW: betas 0.9 and 0.95, eps 1e-8 added outside
-  the root, both moments bias-corrected, no weight decay.
-* `schedules`: by name, the learning rates (20,) of steps 0 to 19 at peak 1. Steps 0 and 1, the warm-up, have
-  step / 2. Then, with u = (step - 2) / 18, linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
+  reverse. `loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward, -clip)).
+  `gradient_1`, `gradient_2` (P,) as above: 0 for a winner above clip, and 0 for a loser below -clip.
+* `adamw`: two steps from the parameters `start` (5,) with `gradients` (2, 5), not yet clipped. After
+  each: `parameters` (2, 5); in each: `grad_norms` (2,) before clipping, `learning_rates` (2,).
+  Clipping: g *= min(1, 1 / (norm + 1e-6)), the norm over all parameters. AdamW: betas 0.9 and 0.95, eps
+  1e-8 added outside the root, both moments bias-corrected, no weight decay.
+* `schedules`: by name, the learning rates (20,) of steps 0 to 19 at peak 1. Steps 0 and 1, the warm-up,
+  have step / 2. Then, with u = (step - 2) / 18, linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
   constant_with_warmup 1. `constant` has no warm-up: it is always 1.
 
 ## logps.safetensors (ids, masks and positions int64)
 Prompts are padded on the left and responses on the right, so that all meet at one column: `input_ids`,
-`attention_mask` (N, L). `position_ids` (N, L) = max(cumsum(attention_mask) - 1, 0). `logits` (N, L, 8) go in;
-those at a place score the NEXT token. `token_logps` (N, T): log-probabilities of the responses' tokens, 0
-beyond their ends. `logps` (N,): their sums, EOS included, prompt excluded.
+`attention_mask` (N, L). `position_ids` (N, L) = max(cumsum(attention_mask) - 1, 0). `logits` (N, L, 8)
+go in; those at a place score the NEXT token. `token_logps` (N, T): log-probabilities of the responses'
+tokens, 0 beyond their ends. `logps` (N,): their sums, EOS included, prompt excluded.
 
 ## model.json and weights.safetensors (float32): pi_SFT, which is judge, reference and the first policy
-A Llama. x = embed_tokens[ids]. Each layer does x += attention(rms(x)), then x += mlp(rms(x)). At last logits
-= rms(x) @ embed_tokens.T. The rms before attention, before mlp and at last have the weights input_layernorm,
-post_attention_layernorm and model.norm: rms(x) = weight * x / sqrt(mean(x^2) + `rms_norm_eps`). mlp(x) =
-down(silu(gate(x)) * up(x)). Matrices are (out, in): y = x @ W.T, without biases. Attention is causal, its
-scale 1 / sqrt(head_dim). Head i takes the columns from i * head_dim up to (i + 1) * head_dim of q, k and v.
-Padding is masked out as a key. A padded query on the left then has no key: its output is not used but must be
-finite, so mask with a large negative number, not -inf. RoPE turns q and k: at position m, for j < head_dim /
-2, with the angle a = m * `rope_theta` ** (-2j / head_dim), the elements (j, j + head_dim / 2) = (u, w) become
-(u cos a - w sin a, w cos a + u sin a).
+A Llama. x = embed_tokens[ids]. Each layer does x += attention(rms(x)), then x += mlp(rms(x)). At last
+logits = rms(x) @ embed_tokens.T. The rms before attention, before mlp and at last have the weights
+input_layernorm, post_attention_layernorm and model.norm: rms(x) = weight * x / sqrt(mean(x^2) +
+`rms_norm_eps`). mlp(x) = down(silu(gate(x)) * up(x)). Matrices are (out, in): y = x @ W.T, without
+biases. Attention is causal, its scale 1 / sqrt(head_dim). Head i takes the columns from i * head_dim up
+to (i + 1) * head_dim of q, k and v. Padding is masked out as a key. A padded query on the left then has
+no key: its output is not used but must be finite, so mask with a large negative number, not -inf. RoPE
+turns q and k: at position m, for j < head_dim / 2, with the angle a = m * `rope_theta` ** (-2j /
+head_dim), the elements (j, j + head_dim / 2) = (u, w) become (u cos a - w sin a, w cos a + u sin a).
 
-Ids: 0 padding, 1 EOS, 5 and 6 the verdicts A and B. The judge's question about a prompt x, with a response a
-shown as A and b as B, is x 2 a 3 b 4, where a and b lose their EOS. Its verdict's logits are those of 5 and 6
-at its last token.
+Ids: 0 padding, 1 EOS, 5 and 6 the verdicts A and B. The judge's question about a prompt x, with a
+response a shown as A and b as B, is x 2 a 3 b 4, where a and b lose their EOS. Its verdict's logits are
+those of 5 and 6 at its last token.
 
 ## steps.json: `arguments` of osp.py that matter, and `steps`, a list of three
-* `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. Those without EOS were
-  cut off at `max_new_tokens`.
-* `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair inwards,
-  without pairs of equal ids. Equal questions are asked once, so equal responses tie exactly.
+* `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. Those without
+  EOS were cut off at `max_new_tokens`.
+* `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
+  inwards, without pairs of equal ids. Equal questions are asked once, so equal responses tie exactly.
 * `metrics`: `step`, counted from 1. `pairs`: P. `dropped_identical_pairs`: how many were left out.
-  `dropped_unsure_pairs`: 0. `loss`, `strength_mean`, `margin`: means over the P pairs of losses, strengths
-  and h = reward of the better - reward of the worse. `strength_std` divides by P. `kl`: mean over the 2 P
-  responses of log-probability under the policy less that under pi_SFT. `margin_accuracy`: share of pairs
-  where h > 0 and strength > 1/2 are both true or both false; not in step 1, whose h are 0 but for rounding.
-  `order_agreement`: the same of p_12 > 1/2 and p_21 < 1/2, with the better response as 1. `response_tokens`:
-  mean length of the B K responses, EOS included. `cut_fraction`: share of them without EOS.
-  `distinct_fraction`: how many different ones there are, over B K. `learning_rate`: the one used: that of
-  `arguments` in step 1, 2/3 of it in step 2, 1/3 in step 3. `grad_norm`: before clipping.
+  `dropped_unsure_pairs`: 0. `loss`, `strength_mean`, `margin`: means over the P pairs of losses,
+  strengths and h = reward of the better - reward of the worse. `strength_std` divides by P. `kl`: mean
+  over the 2 P responses of log-probability under the policy less that under pi_SFT. `margin_accuracy`:
+  share of pairs where h > 0 and strength > 1/2 are both true or both false; not in step 1, whose h are
+  0 but for rounding. `order_agreement`: the same of p_12 > 1/2 and p_21 < 1/2, with the better response
+  as 1. `response_tokens`: mean length of the B K responses, EOS included. `cut_fraction`: share of them
+  without EOS. `distinct_fraction`: how many different ones there are, over B K. `learning_rate`: the
+  one used: that of `arguments` in step 1, 2/3 of it in step 2, 1/3 in step 3. `grad_norm`: before
+  clipping.
 
-A step's loss is the mean of spce over its P pairs, with the better response as 1. A reward is beta * (the
-response's log-probability under the policy - that under pi_SFT). The policy is what the step before left.
-Clipping and AdamW are as above.
+A step's loss is the mean of spce over its P pairs, with the better response as 1. A reward is beta *
+(the response's log-probability under the policy - that under pi_SFT). The policy is what the step
+before left. Clipping and AdamW are as above.
 
 ## steps.safetensors (float32; questions and lengths int64): a name ends with its step, as in `scores.1`
-* `rank_questions` (B, K, L): response 0 as A and response k as B, padded on the right with 0. `rank_lengths`
-  (B, K), `rank_logits` (B, K, 2) and `scores` (B, K) belong to them.
+* `rank_questions` (B, K, L): response 0 as A and response k as B, padded on the right with 0.
+  `rank_lengths` (B, K), `rank_logits` (B, K, 2) and `scores` (B, K) belong to them.
 * `pair_questions` (P, 2, L): of each pair with the better response as A, then with the worse one as A.
   `pair_lengths` (P, 2), `pair_logits` (P, 2, 2). `strength` (P,): how likely the better one is better.
 * `ref_token_logps`, `policy_token_logps` (P, 2, T), `rewards` (P, 2): of the better and of the worse
   response, before the update. ref is pi_SFT. `losses` (P,).
-* `gradient.<parameter>`: of the mean loss, before clipping. `after.<parameter>`: the policy after the step.
-  Where a gradient is near 0, Adam's first steps depend on its last digits: hence the tolerance.
+* `gradient.<parameter>`: of the mean loss, before clipping. `after.<parameter>`: the policy after the
+  step. Where a gradient is near 0, Adam's first steps depend on its last digits: hence the tolerance.
 """
 VECTOR_ARGUMENTS = {
     "num_generations": 4, "max_new_tokens": 6, "beta": 0.5, "learning_rate": 0.003,
@@ -1698,7 +1626,7 @@ VECTOR_SHAPE = {
 
 
 class GivenLogits(torch.nn.Module):
-    """A causal language model that looks its logits up: after the id i at position t they are table[t, i]."""
+    """A causal language model that looks logits up: after id i at position t they are table[t, i]."""
 
     config, device = transformers.LlamaConfig(), torch.device("cpu")
 
@@ -1724,21 +1652,29 @@ def id_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=None):
     return [list(map(int, text.split())) for text in texts]
 
 
+@contextmanager
+def in_float64():
+    """What osp.py computes in float32 is then in float64."""
+    zeros = functools.partial(torch.zeros, dtype=torch.float64)
+    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch("torch.zeros", zeros):
+        yield
+
+
 def verdict_vectors(args):
-    """`strength` and `ranking` of pure.json. The questions 2 3 7 ... 7 4 end at different positions, where
-    the tables have the given logits."""
+    """`strength` and `ranking` of pure.json. The questions 2 3 7 ... 7 4 end at different positions,
+    where the tables have the given logits."""
     logits = np.random.default_rng(0).normal(0, 3, (2, 8, 2)).round(2)
     logits[:, 0] = 0
     logits[:, 1] = [500, -500], [-500, 500]  # exp() must not overflow
     tables = np.zeros((2, 10, 8, 8))
     tables[:, 2:, 4, 5:7] = logits
-    judge_12, judge_21 = map(GivenLogits, tables)
-    nothing, texts = [""] * 8, ["7 " * k for k in range(8)]
+    judges = [GivenLogits(table) for table in tables]
+    texts = ["7 " * k for k in range(8)]
     p_12, p_21 = [
-        osp.verdict_probabilities(judge, None, nothing, nothing, texts) for judge in (judge_12, judge_21)]
-    strength = osp.averaged_strength(*torch.tensor(np.array([p_12, p_21])))
+        osp.verdict_probabilities(judge, None, [""] * 8, [""] * 8, texts) for judge in judges]
+    strength = osp.averaged_strength(*torch.tensor([p_12, p_21], dtype=torch.float64))
+    models = osp.Models(None, None, judge=judges[1])
     candidates = [osp.Candidate([], text) for text in texts]
-    models = osp.Models(None, None, judge=judge_21)
     [scores] = osp.ranking_scores(models, [row_of("")], [candidates], args)
     logits_12, logits_21 = logits.tolist()
     return {"strength": {"logits_12": logits_12, "logits_21": logits_21, "p_12": p_12, "p_21": p_21,
@@ -1772,8 +1708,7 @@ def logps_vectors():
 
 def loss_vectors(loss, **grid):
     """The points of a grid, the losses, and their gradients with respect to the rewards."""
-    points = list(itertools.product(*grid.values()))
-    columns = torch.tensor(points, dtype=torch.float64).T
+    columns = torch.tensor(list(itertools.product(*grid.values())), dtype=torch.float64).T
     rewards = columns[:2].clone().requires_grad_()
     losses = loss(*rewards, *columns[2:])
     [gradients] = torch.autograd.grad(losses.sum(), rewards)
@@ -1798,6 +1733,22 @@ def adamw_vectors(args):
             "parameters": parameters, "grad_norms": grad_norms, "learning_rates": rates}
 
 
+def pure_vectors(args):
+    """pure.json, and the arrays of logps.safetensors; all in float64."""
+    pure = verdict_vectors(args) | {"adamw": adamw_vectors(args)}
+    schedules = ["linear", "cosine", "constant", "constant_with_warmup"]
+    pure["schedules"] = {name: rates_of(name, 0.1) for name in schedules}
+    pure["logps"], arrays = logps_vectors()
+    pure["pairs"] = pair_vectors()
+    pure["spce"] = loss_vectors(
+        osp.spce_loss, reward_1=[-5000, -64, -7.5, 0.25, 64, 5000], reward_2=[0, 0.25],
+        strength=[0, 1e-6, 0.25, 0.5, 1])
+    sides = [-300, -0.5, -0.1, 0.1, 0.5, 300]  # none is a clip, where there would be no one gradient
+    pure["dual_clip"] = loss_vectors(
+        osp.dual_clip_loss, reward_1=sides, reward_2=sides, label=[0, 1], clip=[0.2, 1, 1000])
+    return pure, arrays
+
+
 def vector_model():
     """A Llama of 4,944 parameters."""
     rng = np.random.default_rng(2)
@@ -1806,7 +1757,7 @@ def vector_model():
     for name, weight in model.named_parameters():
         mean, deviation = (1.0, 0.1) if "norm" in name else (0.0, 0.4)
         weight.data = torch.tensor(rng.normal(mean, deviation, weight.shape)).float()
-    return model
+    return model.requires_grad_(False)
 
 
 def given_samples(rng):
@@ -1833,21 +1784,27 @@ def question_vectors(name, judge, questions, *shape):
             name + "_logits": logits.reshape(*shape, 2)}
 
 
+def weight_vectors(kind, policy, part):
+    """By their names the policy's weights, or another part of its parameters."""
+    return {f"{kind}.{name}": part(weight).clone() for name, weight in policy.named_parameters()}
+
+
 def step_vectors(models, rows, candidates, step, args):
-    """A step's entry of steps.json and its arrays: osp.train_step with given responses, watched at work."""
+    """A step's entry of steps.json and its arrays: osp.train_step with given responses, watched."""
     before = copy.deepcopy(models.policy).requires_grad_(False)
     found, optimizer_step = {}, osp.optimizer_step
 
     def watched(models, *rest):
-        for name, weight in models.policy.named_parameters():
-            found["gradient." + name] = weight.grad.clone()
+        found.update(weight_vectors("gradient", models.policy, lambda weight: weight.grad))
         return optimizer_step(models, *rest)
 
     method = osp.Method(sample=lambda *_: candidates)
     with mock.patch.object(osp, "optimizer_step", watched):
-        metrics, _, pairs = osp.train_step(models, rows, method, step, args)
-    for name, weight in models.policy.named_parameters():
-        found["after." + name] = weight.detach().clone()
+        _, pairs, figures = osp.train_step(models, rows, method, step, args)
+    found |= weight_vectors("after", models.policy, torch.Tensor.detach)
+    metrics = {"step": step + 1} | osp.step_figures(models, candidates, pairs, method, args) | figures
+    if step == 0:
+        del metrics["margin_accuracy"]  # its margins are 0 but for rounding
     pairs = [pair for pair in pairs if pair.strength is not None]
     responses, P = sum(candidates, []), len(pairs)
     ranking, judging = osp.encode_questions.call_args_list[-2:]
@@ -1859,12 +1816,11 @@ def step_vectors(models, rows, candidates, step, args):
     found["strength"] = torch.tensor([pair.strength for pair in pairs])
     seen = torch.tensor([pair.seen for pair in pairs])
     found["losses"], found["rewards"] = seen[:, 0], seen[:, 1:]
+    prompts = [pair.row.ids for pair in pairs] * 2
+    sides = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
     for name, model in (("ref", models.reference), ("policy", before)):
-        token_logps = osp.token_logps(model, *osp.prompts_and_responses(pairs))
+        token_logps = osp.token_logps(model, prompts, sides)
         found[name + "_token_logps"] = token_logps.reshape(2, P, -1).transpose(0, 1)
-    metrics = {name: value for name, value in metrics.items() if "second" not in name}
-    if step == 0:
-        del metrics["margin_accuracy"]  # its margins are 0 but for rounding
     entry = {"prompt_ids": [row.ids for row in rows],
              "responses": osp.chunks([one.ids for one in responses], 4),
              "pairs": [[pair.row.index, pair.better.source, pair.worse.source] for pair in pairs],
@@ -1873,44 +1829,35 @@ def step_vectors(models, rows, candidates, step, args):
 
 
 def write_vectors(folder):
-    """Fills the folder with VECTORS_README and what it explains."""
-    args, sft = osp.Arguments(**VECTOR_ARGUMENTS), vector_model()
-    models = osp.Models(types.SimpleNamespace(eos_token_id=1), copy.deepcopy(sft), sft, sft, sft)
-    weights = dict(sft.requires_grad_(False).named_parameters())
+    """python test_osp.py vectors FOLDER: fills the folder with VECTORS_README and what it explains."""
+    folder, args, sft = Path(folder), osp.Arguments(**VECTOR_ARGUMENTS), vector_model()
+    policy, tokenizer = copy.deepcopy(sft).requires_grad_(True), types.SimpleNamespace(eos_token_id=1)
+    models = osp.Models(tokenizer, policy, sft, reference=sft, judge=sft)
     asked, verdicts = mock.Mock(side_effect=id_questions), mock.Mock(return_value=("", 5, 6))
-    rng, entries, tensors = np.random.default_rng(15), [], {}
-    schedules = ["linear", "cosine", "constant", "constant_with_warmup"]
+    rng, entries, arrays = np.random.default_rng(15), [], {}
     with mock.patch.multiple(osp, encode_questions=asked, verdict_format=verdicts):
-        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
-            pure = verdict_vectors(args) | {"adamw": adamw_vectors(args)}
-            pure["schedules"] = {name: rates_of(name, 0.1) for name in schedules}
-            pure["logps"], logps = logps_vectors()
+        with in_float64():
+            pure, logps = pure_vectors(args)
         osp.start_training(models, args.learning_rate, 3, args)
         for step in range(3):
             entry, found = step_vectors(models, *given_samples(rng), step, args)
             entries.append(entry)
-            tensors |= found
-    pure["pairs"] = pair_vectors()
-    pure["spce"] = loss_vectors(
-        osp.spce_loss, reward_1=[-5000, -64, -7.5, 0.25, 64, 5000], reward_2=[0, 0.25],
-        strength=[0, 1e-6, 0.25, 0.5, 1])
-    sides = [-300, -0.5, -0.1, 0.1, 0.5, 300]  # none is a clip, where there would be no one gradient
-    pure["dual_clip"] = loss_vectors(
-        osp.dual_clip_loss, reward_1=sides, reward_2=sides, label=[0, 1], clip=[0.2, 1, 1000])
+            arrays |= found
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(VECTORS_README)
-    model = VECTOR_SHAPE | {"rope_theta": 10000.0}
-    steps = {"arguments": VECTOR_ARGUMENTS, "steps": entries}
-    for name, value in (("pure", pure), ("model", model), ("steps", steps)):
+    texts = {"pure": pure, "model": VECTOR_SHAPE | {"rope_theta": 10000.0},
+             "steps": {"arguments": VECTOR_ARGUMENTS, "steps": entries}}
+    for name, value in texts.items():
         (folder / f"{name}.json").write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    for name, arrays in (("logps", logps), ("weights", weights), ("steps", tensors)):
-        safetensors.torch.save_file(arrays, folder / f"{name}.safetensors")
+    tensors = {"logps": logps, "weights": dict(sft.named_parameters()), "steps": arrays}
+    for name, value in tensors.items():
+        safetensors.torch.save_file(value, folder / f"{name}.safetensors")
 
 
 def golden(folder):
-    """What GOLDEN has of the files: a digest of all but the floats, and by name a sum of the floats. Each has
-    its own weight in it, and arcsinh keeps the large from hiding the small. The three steps count as one."""
+    """What GOLDEN has of the files: a digest of all but the floats, and by name a sum of the floats.
+    Each has its own weight in it, and arcsinh keeps the large from hiding the small. Steps are one."""
     named, exact, found = {}, [], {}
     for file in ("pure", "steps"):
         for name, value in json.loads((folder / f"{file}.json").read_text()).items():
@@ -1948,13 +1895,13 @@ def test_vectors(tmp_path):
     found = golden(tmp_path)
     assert found.pop("digest") == GOLDEN["digest"]
     for name, value in found.items():
-        # float32 rounds by 6e-8 and a log-probability, of size 10, is good to 1e-5. Weights that are wrong by
-        # 1e-7 change no sum by more than 2e-5
+        # float32 rounds by 6e-8 and a log-probability, of size 10, is good to 1e-5. Weights that are
+        # wrong by 1e-7 change no sum by more than 2e-5
         tolerance = 1e-4 if name.startswith("steps") else 1e-9
         assert value == pytest.approx(GOLDEN[name], rel=tolerance, abs=tolerance), name
     arrays = safetensors.torch.load_file(tmp_path / "steps.safetensors")
     for row in torch.cat([arrays[f"scores.{step}"] for step in (1, 2, 3)]):
-        assert row.unique().diff().min() > 0.01  # no near tie, which other processors could rank otherwise
+        assert row.unique().diff().min() > 0.01  # no near tie, for other processors to turn round
 
 
 # Variants: what the paper compares, and TSO in parts ----------------------------------------------
@@ -2009,8 +1956,8 @@ def one_order(models, pairs, args):
 
 
 def noisy_labels(models, pairs, args, noise, drawn):
-    """What a judge says whose verdict is turned round with probability `noise`, (1 - e) p + e (1 - p); or
-    a 0/1 label `drawn` from it, a function of the pair, so that it is the same in every epoch."""
+    """What a judge says whose verdict is turned round with probability `noise`, (1 - e) p + e (1 - p);
+    or a 0/1 label `drawn` from it, a function of the pair, so that it is the same in every epoch."""
     labels = []
     for pair, p in zip(pairs, osp.judge_pairs(models, pairs, args)):
         p = (1 - noise) * p + noise * (1 - p)
@@ -2024,8 +1971,7 @@ def noisy_labels(models, pairs, args, noise, drawn):
 def labels_by_source(models, pairs, args):
     """TSO without corrections: the label goes by who wrote the two; pairs of one writer are dropped."""
     osp.judge_pairs(models, pairs, args)  # its verdicts are figures of metrics.jsonl only
-    prior = [*osp.HUMAN, "policy", "reference", "start"]
-    labels = []
+    prior, labels = [*osp.HUMAN, "policy", "reference", "start"], []
     for pair in pairs:
         better, worse = prior.index(pair.better.source), prior.index(pair.worse.source)
         labels.append(None if better == worse else float(better < worse))
@@ -2037,17 +1983,16 @@ def changed(method, **stages):
     return lambda args: dataclasses.replace(method(args), **stages)
 
 
-def tso_sampling(roles, with_human):
+def tso_matrix(roles, with_human):
     """TSO with another model matrix."""
-    return lambda args: dataclasses.replace(
-        osp.tso(args), sample=osp.matrix_method(roles, args, with_human).sample)
+    return lambda args: dataclasses.replace(osp.tso(args), **osp.model_matrix(roles, args, with_human))
 
 
 OSP = osp.METHODS["osp"]
 OFFLINE = changed(  # the scores fall, so that neighbours pair as they stand
     OSP, sample=data_responses, pair=adjacent_pairs,
     score=lambda models, rows, candidates, args: [range(len(found), 0, -1) for found in candidates])
-VARIANTS = {
+ABLATIONS = {
     "spce": OSP,
     "dpo": changed(OSP, loss=dpo_loss),
     "ipo": lambda args: osp.Method(loss=functools.partial(ipo_loss, beta=args.beta)),
@@ -2058,37 +2003,23 @@ VARIANTS = {
     "best_worst": changed(OSP, pair=lambda scores: osp.ranked_pairs(scores)[:1]),
     "adjacent": changed(OSP, pair=adjacent_pairs),
     "one_order": changed(OSP, strength=one_order),
-    "tso": osp.tso,
-    "tso_policy_only": tso_sampling(["policy"], with_human=True),
-    "tso_no_human": tso_sampling(["policy", "reference", "start"], with_human=False),
+    "tso": osp.tso,  # from here on after TSO, formulas reconstructed
+    "tso_policy_only": tso_matrix(["policy"], with_human=True),
+    "tso_no_human": tso_matrix(["policy", "reference", "start"], with_human=False),
     "tso_no_corrections": changed(osp.tso, strength=labels_by_source),
     "tso_no_clip": lambda args: osp.tso(dataclasses.replace(args, dual_clip=math.inf)),
     "tso_fixed": changed(osp.tso, after_step=osp.Method().after_step, moves_reference=False)}
+NOISE = {}
 for percent in ("00", "20", "40"):
     for kind in ("noisy", "drawn"):
         labels = functools.partial(noisy_labels, noise=int(percent) / 100, drawn=kind == "drawn")
-        VARIANTS[f"{kind}_{percent}"] = changed(OSP, sample=sample_once, strength=labels)
+        NOISE[f"{kind}_{percent}"] = changed(OSP, sample=sample_once, strength=labels)
+VARIANTS = ABLATIONS | NOISE
 
 
 def run_variant(name, *argv):
     """python test_osp.py run NAME [arguments of osp.py]"""
-    osp.METHODS |= VARIANTS
-    osp.main(["--method", name, *argv])
-
-
-def run_with_sft(other, name, *argv):
-    """python test_osp.py run_with_sft RUN NAME [arguments of osp.py]: with the pi_SFT of another run. Makes
-    the new folder that of a run broken off after SFT; --resume_from_checkpoint latest goes on from there."""
-    osp.METHODS |= VARIANTS
-    args = vars(osp.parse_arguments(["--method", name, *argv]))
-    output, other = args["output_dir"], Path(other)
-    if not (output / "arguments.json").exists():
-        for option, value in json.loads((other / "arguments.json").read_text()).items():
-            if (option == "seed" or "sft" in option) and args[option] != value:
-                raise osp.Stop(f"{other} has another pi_SFT: its {option} is {value!r}.")
-        shutil.copytree(other / "sft", output / "sft", dirs_exist_ok=True)
-        osp.write_text(output / "arguments.json", json.dumps(args, default=str))
-    run_variant(name, *argv)
+    return osp.main(["--method", name, *argv])
 
 
 @functools.lru_cache
@@ -2107,9 +2038,10 @@ def variant_world(**more):
 
 
 def pairs_at(step, name, models, rows, args):
-    """The pairs that a variant makes in a step, as (prompt, better, worse, strength)s."""
-    _, pairs = osp.make_pairs(models, rows, VARIANTS[name](args), step, args, {})
-    return [(pair.row.index, pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs]
+    """The pairs that a variant makes in a step, and what is the same when they are."""
+    _, pairs = osp.make_pairs(models, rows, VARIANTS[name](args), step, args)
+    pairs = sum(pairs, [])
+    return pairs, [(pair.row.index, pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs]
 
 
 def test_losses_and_pairs_for_comparison_by_hand():
@@ -2129,30 +2061,25 @@ def test_noisy_and_drawn_labels(monkeypatch):
     noisy, drawn, again = [
         noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True, True)]
     assert noisy[0] == pytest.approx(0.75 * 0.9 + 0.25 * 0.1)
-    assert set(drawn) == {0.0, 1.0}
+    assert set(drawn) == {0.0, 1.0} and drawn == again
     assert np.mean(drawn) == pytest.approx(0.7, abs=0.02)
-    assert drawn == again
 
 
-def test_candidates_of_the_start_are_sampled_once():
+def test_which_candidates_are_the_same_in_every_step():
     world = variant_world()
-    for name in ("sampled_once", "drawn_20"):
-        first = pairs_at(0, name, *world)
-        assert len(first) >= 15
-        assert pairs_at(3, name, *world) == first
-    first, again = [pairs_at(0, "random", *world) for _ in range(2)]
-    assert first == again
-    assert pairs_at(0, "spce", *world) != pairs_at(3, "spce", *world)
-
-
-@pytest.mark.parametrize("name, labels", [("offline_dpo", {1.0}), ("offline_spce", set())])
-def test_candidates_of_the_data_are_its_own(name, labels):
-    models, rows, args = variant_world()
+    models, rows, _ = world
     own = sum([row.responses[:3] for row in rows], [])  # K//2 pairs of each
-    _, pairs = osp.make_pairs(models, rows, VARIANTS[name](args), 5, args, {})
-    assert [[pair.better.text, pair.worse.text] for pair in pairs] == own
-    assert models.tokenizer.decode(pairs[0].worse.ids) == pairs[0].worse.text + " <eos>"
-    assert {pair.strength for pair in pairs if pair.strength in (0, 1)} == labels
+    for name in ("sampled_once", "drawn_20", "offline_dpo", "offline_spce"):
+        pairs, first = pairs_at(0, name, *world)
+        assert len(pairs) >= 15 and pairs_at(3, name, *world)[1] == first
+        if "offline" in name:
+            assert [[pair.better.text, pair.worse.text] for pair in pairs] == own
+            assert models.tokenizer.decode(pairs[0].worse.ids) == pairs[0].worse.text + " <eos>"
+            rounded = {pair.strength for pair in pairs} & {0.0, 1.0}
+            assert rounded == ({1.0} if name == "offline_dpo" else set())
+    for name in ("spce", "random"):
+        first, again, later = [pairs_at(step, name, *world)[1] for step in (0, 0, 3)]
+        assert first == again != later
 
 
 def test_labels_of_tso_without_corrections():
@@ -2168,147 +2095,174 @@ def test_labels_of_tso_without_corrections():
 def test_every_variant_makes_a_step(name):
     models, rows, args = variant_world(label_margin=1e-6)
     before = weights_of(models.policy)
-    metrics, _, _ = osp.train_step(models, rows, VARIANTS[name](args), 0, args)
+    metrics = osp.measured_step(models, rows, VARIANTS[name](args), 0, args)
     assert json.dumps(metrics, allow_nan=False)
     assert metrics["pairs"] > 0
     assert not torch.equal(before, weights_of(models.policy))
 
 
-def test_a_run_that_takes_anothers_sft_does_what_it_does_with_its_own(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
-    own, taken, other = tmp_path / "own", tmp_path / "taken", finished["osp"]
-    run_variant("offline_dpo", *command(own))
-    monkeypatch.setattr(osp, "supervised_finetune", None)
-    run_with_sft(str(other.folder), "offline_dpo", *command(taken, GO_ON))
-    assert read_run(own).lines == read_run(taken).lines != other.lines
-    with stopped("its sft_batch_size is 4"):
-        run_with_sft(str(other.folder), "spce", *command(tmp_path, "--sft_batch_size 9"))
-
-
 # Bench: make bench, fixed work --------------------------------------------------------------------
-BENCH_PROMPTS, BENCH_PROMPT, BENCH_RESPONSE, BENCH_WORDS = 8, 32, 64, 4096
+BENCH_PROMPTS, BENCH_PROMPT, BENCH_RESPONSE = 8, 32, 64
 BENCH_STAGES = ["sample", "rank", "judge", "reference", "update"]
 
 
 def bench_models(args):
-    """A random Llama of 5.3M parameters as policy and as pi_SFT, and a tokenizer of 4,096 words."""
-    words = osp.JUDGE_FRAME.format(prompt="> Human:", a=">", b=">").split() + ["A", "B"]
-    words = dict.fromkeys(["<eos>", *words, *(f"w{i}" for i in range(BENCH_WORDS))])
-    vocabulary = {word: i for i, word in enumerate(list(words)[:BENCH_WORDS])}
+    """A random Llama of 5.3M parameters as policy and as pi_SFT, and a tokenizer of 4,100 words."""
+    words = osp.JUDGE_FRAME.format(prompt="> Human:", a="> A", b="> B").split()
+    words = dict.fromkeys(["<eos>", *words, *(f"w{i}" for i in range(4096))])
+    vocabulary = {word: i for i, word in enumerate(words)}
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
     inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=BENCH_WORDS, hidden_size=256, intermediate_size=704, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0)
-    policy = transformers.LlamaForCausalLM(config)
-    start = copy.deepcopy(policy).requires_grad_(False)
-    if args.bf16:
-        start = osp.bf16_copy(start)
+    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
+        vocab_size=len(vocabulary), hidden_size=256, intermediate_size=704, num_hidden_layers=4,
+        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0))
+    start = osp.bf16_copy(policy) if args.bf16 else copy.deepcopy(policy)
     models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
     osp.start_training(models, 1e-4, 100, args)
     return models
 
 
-def bench_text(length, seed):
-    """So many random words."""
-    return " ".join(f"w{i}" for i in np.random.default_rng(seed).integers(0, 4000, length))
-
-
-def step_flops(models, K):
-    """A step's arithmetic: twice parameters times tokens for a pass, six times for the update. A prompt,
-    and what its questions share, counts once; the output layer counts where its logits are used."""
-    head = models.policy.lm_head.weight.numel()
-    body = sum(weights.numel() for weights in models.policy.parameters()) - 2 * head  # nor embeddings
-    prompt, one, two = [bench_text(n, n) for n in (BENCH_PROMPT, BENCH_RESPONSE, BENCH_RESPONSE + 1)]
-    questions = osp.encode_questions(models.tokenizer, [prompt] * 3, [one, one, two], [one, two, one])
-    ranking_head = len(os.path.commonprefix(questions[:2]))  # the prompt and A
-    judging_head = len(os.path.commonprefix(questions[1:]))  # the prompt
-    length, responses = len(questions[0]), K * BENCH_RESPONSE
-    asked = ranking_head + K * (length - ranking_head)
-    asked += judging_head + 2 * (K // 2) * (length - judging_head)
-    scored = (BENCH_PROMPT + responses) * body + responses * head
-    return BENCH_PROMPTS * (2 * scored + 2 * asked * body + 2 * scored + 6 * scored)
-
-
-def timed_matmul(size, dtype=torch.float32):
-    """FLOP/s of one matrix product: this machine's own speed, in the same run."""
-    matrix, start = torch.randn(size, size).to(dtype), time.perf_counter()
-    for _ in range(10):
+def matmul_seconds(flops, dtype=torch.float32):
+    """What so many FLOPs take in a matrix product: this machine's own speed, in the same run."""
+    matrix, found = torch.randn(1024, 1024).to(dtype), []
+    for _ in range(100):
+        start = time.perf_counter()
         matrix @ matrix
-    return 10 * 2 * size**3 / (time.perf_counter() - start)
+        found.append(time.perf_counter() - start)
+    return flops * min(found) / (2 * 1024**3)
 
 
 def bench_step(K, precision, threads):
-    """Prints the better of two steps of osp.train_step after one to warm up. In a process of its own."""
+    """Prints the better of two steps after one to warm up. In a process of its own."""
     torch.set_num_threads(int(threads))
     osp.stop_token_ids = lambda *_: [-1]  # every response runs to its full length
     args = arguments(f"--num_generations {K} --max_new_tokens {BENCH_RESPONSE} --micro_batch_size 16")
     args.bf16 = precision == "bf16"
     models, found = bench_models(args), []
-    prompts = [(bench_text(BENCH_PROMPT, i),) for i in range(BENCH_PROMPTS)]
+    texts = np.random.default_rng(0).integers(0, 4096, (BENCH_PROMPTS, BENCH_PROMPT))
+    prompts = [(" ".join(f"w{i}" for i in text),) for text in texts]
     rows = osp.distinct_prompts(models.tokenizer, prompts, BENCH_PROMPTS)
-    for step in range(3):
-        metrics, candidates, pairs = osp.train_step(models, rows, osp.Method(), step, args)
+    with FlopCounterMode(display=False) as counter:
+        osp.train_step(models, rows, osp.Method(), 0, args)
+    for step in (1, 2):
+        metrics = osp.measured_step(models, rows, osp.Method(), step, args)
         found.append([metrics[f"seconds_{stage}"] for stage in BENCH_STAGES])
-    best = min(found[1:], key=sum)
-    step, times = sum(best), "".join(f"{seconds:10.2f}" for seconds in [*best, sum(best)])
-    tokens = sum(len(one.ids) for row in candidates for one in row)
-    speed = step_flops(models, args.num_generations) / step
-    share = speed / max(timed_matmul(1024) for _ in range(10))
+    best = min(found, key=sum)
+    times = "".join(f"{seconds:10.2f}" for seconds in [*best, sum(best)])
+    share = sum(best) / matmul_seconds(counter.get_total_flops())
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{K} {precision:>9} {threads:>7} |{times}   | {tokens / step:8.0f} {len(pairs) / step:7.1f} "
-          f"{memory:4.0f} | {speed / 1e9:7.0f} {share:9.0%} {1 / share:8.2f}")
+    print(f"{K} {precision:>9} {threads:>7} |{times}   | {memory:4.0f} {share:9.2f}")
 
 
 def bench(*only):
-    """A process for each configuration (`only`: of these K), so that its peak memory is its own."""
-    precisions, slower = ["fp32", "bf16"], timed_matmul(512) / timed_matmul(512, torch.bfloat16)
-    if slower > 1:
-        print(f"bf16 left out: on this processor it makes a matrix product {slower:.0f} times slower")
-        precisions.remove("bf16")
+    """python test_osp.py bench [K ...]: a process for each case, so that its peak memory is its own."""
     titles = "".join(f"{stage:>10}" for stage in [*BENCH_STAGES, "step"])
-    print(f"K precision threads |{titles} s | tokens/s pairs/s  MiB | GFLOP/s  of matmul  x floor",
-          flush=True)
-    for threads, precision, K in itertools.product((1, os.cpu_count()), precisions, only or (2, 4, 8)):
-        command = [sys.executable, __file__, "bench_step", str(K), precision, str(threads)]
-        subprocess.run(command, check=True)
+    print(f"K precision threads |{titles} s |  MiB  x matmul", flush=True)
+    threads, precisions = (1, os.cpu_count()), ["fp32", "bf16"]
+    if matmul_seconds(1e9, torch.bfloat16) > matmul_seconds(1e9):
+        print("bf16 is left out: on this processor it is slower than fp32")
+        precisions.remove("bf16")
+    for count, precision, K in itertools.product(threads, precisions, only or (2, 4, 8)):
+        words = [sys.executable, __file__, "bench_step", str(K), precision, str(count)]
+        subprocess.run(words, check=True)
 
 
-# Tables and picture: make ablations, make evidence, make collection -------------------------------
-ABLATIONS = list(VARIANTS)[:10]
-TSO = ["spce", "dpo", *[name for name in VARIANTS if "tso" in name]]
-SIZES = ["prompts_50", "prompts_100", "spce", "prompts_400", "prompts_800"]  # spce has 200
+# Experiments: make ablations, make evidence, make collection --------------------------------------
+LABELLED = 1500  # pairs from which the models that ask have learned; 500 more are collected
+ANY_PAIR = {"max_similarity": 1.0, "min_strength": 0.5, "max_strength": 1.0}
+COLLECTIONS = {  # name -> who responds, arguments of --method collect
+    "base": None,  # no more labels
+    "at_random": (["start"], {"num_train_prompts": 520, "keep_prompts": 1.0} | ANY_PAIR),
+    "step_1": (["start"], {"num_train_prompts": 1040} | ANY_PAIR),  # prompts of the widest spread
+    "steps_1_2": (["start", "policy"], {"num_train_prompts": 1040} | ANY_PAIR),  # also OSP's responses
+    "steps_1_2_3": (["start", "policy"], {"num_train_prompts": 2080}),  # and the filter
+    "landslides": (["start", "policy"],  # a filter that keeps the large gaps instead
+                   {"num_train_prompts": 2080, "min_strength": 0.95, "max_strength": 1.0})}
 LONG = {"long_spce": "strengths (SPCE)", "long_dpo": "the same, rounded to 0 or 1 (DPO)"}
 CLIPS = {"spce": "OSP", "tso": "TSO", "tso_no_clip": "TSO, no clip", "tso_fixed": "TSO, fixed reference"}
-NOISE = {"noisy_00": "strengths", "drawn_00": "drawn labels", "noisy_20": "strengths, 20% noise",
-         "drawn_20": "drawn, 20% noise", "noisy_40": "strengths, 40% noise", "drawn_40": "drawn, 40% noise"}
-FIGURES = {"win_rate_vs_sft": 3, "ood_win_rate_vs_sft": 3, "gold_reward": 2, "gold_at_KL_2": 2, "kl": 1,
-           "distinct_fraction": 3, "response_tokens": 1}  # a key of summary.json -> its digits
-THIRDS = {"win_rate_vs_sft": 3, "ood_win_rate_vs_sft": 3, "best_gold": 2, "gold_1/3": 2, "gold_2/3": 2,
-          "gold_3/3": 2, "KL_3/3": 1}
-JUDGED = {"data": "the data's pairs", "sft": "two responses of SFT", "policy": "two of the policy"}
-JUDGE_FIGURES = {"judge_accuracy": 3, "judge_calibration_error": 3, "order_agreement": 3}
+SIZES = {f"prompts_{n}": f"--num_train_prompts {n} --num_train_epochs 99 --max_steps 117 --eval_steps 39"
+         for n in (50, 100, 400, 800)}
+EVIDENCE = [*CLIPS, *LONG, *SIZES, *NOISE]
+
+EXPERIMENTS = {name: (name, "") for name in ABLATIONS}  # a run's name -> its variant, its flags
+EXPERIMENTS |= {name: ("spce", flags) for name, flags in SIZES.items()}
+EXPERIMENTS |= {name: (name, "--num_train_epochs 18 --eval_steps 26") for name in NOISE}
+for name in LONG:
+    EXPERIMENTS[name] = (name.removeprefix("long_"), "--num_train_epochs 27 --eval_steps 39")
+for name in COLLECTIONS:  # on 1,500 pairs the judge is best so early; later it knows the labels by heart
+    EXPERIMENTS[name] = (name, "--sft_max_steps 400")
+OF_SFT = """seed sft sft_learning_rate sft_batch_size sft_max_steps model_name_or_path dataset_name
+    max_new_tokens lr_scheduler_type warmup_steps max_grad_norm bf16""".split()  # what pi_SFT depends on
 
 
-def finished_runs(folder, file):
-    """name -> for each seed what `file` holds, and the points (step, KL, gold) on the run's way."""
-    runs = {}
-    for path in sorted(Path(folder).glob(f"*-seed*/{file}")):
-        run = json.loads(path.read_text())
-        run |= {"folder": path.parent, "points": [(0, 0.0, run["gold_reward_sft"])]}
-        for text in (path.parent / "metrics.jsonl").read_text().splitlines():
-            line = json.loads(text)
-            if "eval_kl" in line:
-                run["points"].append((line["step"], line["eval_kl"], line["eval_gold_reward"]))
-        for third in (1, 2, 3):
-            at = round(third / 3 * (len(run["points"]) - 1))
-            _, run[f"KL_{third}/3"], run[f"gold_{third}/3"] = run["points"][at]
-        run["gold_at_KL_2"] = gold_at_kl(run["points"], 2.0)
-        run["best_gold"] = max(gold for _, _, gold in run["points"])
-        runs.setdefault(path.parent.name.rsplit("-seed", 1)[0], []).append(run)
-    return runs
+def take_sft(other, argv):
+    """Makes --output_dir the folder of a run broken off after SFT, with the pi_SFT of another run."""
+    args = osp.parse_arguments(argv)
+    if args.output_dir.exists():
+        return
+    for option, value in json.loads((other / "arguments.json").read_text()).items():
+        if option in OF_SFT and getattr(args, option) != value:
+            raise osp.Stop(f"{other} has another pi_SFT: its {option} is {value!r}.")
+    with osp.written_whole(args.output_dir) as scratch:
+        shutil.copytree(other / "sft", scratch / "sft", dirs_exist_ok=True)
+        (scratch / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
+
+
+def folder_of(name, seed):
+    """Where a run is."""
+    return Path("runs", "collection" if name in COLLECTIONS else "evidence", f"{name}-seed{seed}")
+
+
+def words_of(name, seed, more):
+    """What starts a run, or goes on with it; its folder then has the pi_SFT that it takes over."""
+    (variant, flags), folder = EXPERIMENTS[name], folder_of(name, seed)
+    words = [variant, "--seed", seed, *flags.split(), *more, "--output_dir", str(folder)]
+    verb = "collect" if name in COLLECTIONS else "run"
+    if verb == "run" and name != "spce":
+        take_sft(folder_of("spce", seed), ["--method", *words])
+    return [sys.executable, __file__, verb, *words]
+
+
+def finish_run(folder, words):
+    """Runs this command, whose output is in <folder>.log. Raises Stop."""
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log, single = folder.with_name(folder.name + ".log"), os.environ | {"OMP_NUM_THREADS": "1"}
+    with log.open("w") as file:
+        done = subprocess.run(words, stdout=file, stderr=file, env=single)
+    if done.returncode:
+        last = " / ".join(log.read_text().splitlines()[-3:])
+        raise osp.Stop(f"{folder} is not finished; {log} ends in: {last}", code=1)
+    print(f"{folder} is finished", flush=True)
+
+
+def finished_runs(names, more):
+    """Does what is missing, JOBS runs at a time; all wait for those of the first name, whose models they
+    need. Returns name -> its run of each of SEEDS."""
+    seeds = os.environ.get("SEEDS", "0 1 2 3 4").split()
+    jobs = int(os.environ.get("JOBS", os.cpu_count()))
+    for group in (names[:1], names[1:]):
+        missing = {}
+        for name, seed in itertools.product(group, seeds):
+            if not (folder_of(name, seed) / "summary.json").exists():
+                missing[folder_of(name, seed)] = words_of(name, seed, more)
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(finish_run, missing, missing.values()))
+    return {name: [figures_of(folder_of(name, seed)) for seed in seeds] for name in names}
+
+
+def figures_of(folder):
+    """A run's summary, the points (step, KL, gold) on its way, and figures of these."""
+    run = json.loads((folder / "summary.json").read_text())
+    points = [(0, 0.0, run["gold_reward_sft"])]
+    for line in map(json.loads, (folder / "metrics.jsonl").open()):
+        if "eval_kl" in line:
+            points.append((line["step"], line["eval_kl"], line["eval_gold_reward"]))
+    _, kls, golds = zip(*points)
+    return run | {"folder": folder, "points": points, "gold_at_KL_2": gold_at_kl(points, 2.0),
+                  "best_gold": max(golds), "gold_at_1/3": golds[round((len(golds) - 1) / 3)],
+                  "gold_at_the_end": golds[-1], "KL_at_the_end": kls[-1]}
 
 
 def gold_at_kl(points, wanted):
@@ -2318,99 +2272,78 @@ def gold_at_kl(points, wanted):
             return gold + (next_gold - gold) * (wanted - kl) / (next_kl - kl)
 
 
-def spread(values, digits):
+def spread(values):
     """Mean and standard deviation over seeds; how many have a value, where not all do."""
     there = [value for value in values if value is not None]
     if not there:
         return ""
-    text = f"{np.mean(there):.{digits}f}±{np.std(there, ddof=len(there) > 1):.{digits}f}"
+    text = f"{np.mean(there):.3f}±{np.std(there, ddof=len(there) > 1):.3f}"
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
-def print_table(title, names, figures, runs):
-    """Prints Markdown: a row for each of `names` that has runs, a column for each of `figures`."""
-    rows = [[title, *[key.replace("_", " ") for key in figures]], ["---"] * (len(figures) + 1)]
-    for name in names:
-        if name in runs:
-            cells = [spread([run.get(key) for run in runs[name]], figures[key]) for key in figures]
-            rows.append([name, *cells])
+def print_table(title, figures, runs):
+    """Prints Markdown: a row for each name of `runs`, a column for each key in `figures`."""
+    keys = figures.split()
+    rows = [[title, *[key.replace("_", " ") for key in keys]], ["---"] * (len(keys) + 1)]
+    for name, found in runs.items():
+        rows.append([name, *[spread([run.get(key) for run in found]) for key in keys]])
     print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
 
 
-def print_ablations(folder):
-    """What `make ablations` prints."""
-    runs = finished_runs(folder, "summary.json")
-    print(f"{len(runs['spce'])} seeds, mean ± standard deviation")
-    print_table("variation", ABLATIONS, FIGURES, runs)
-    print("\nafter TSO, formulas reconstructed")
-    figures = {key: digits for key, digits in FIGURES.items() if key != "response_tokens"}
-    print_table("variation", TSO, figures, runs)
+def print_ablations(*more):
+    """python test_osp.py ablations [arguments of osp.py]"""
+    figures = "win_rate_vs_sft ood_win_rate_vs_sft gold_reward gold_at_KL_2 kl distinct_fraction"
+    print_table("variation", figures, finished_runs([*ABLATIONS], more))
 
 
-def judged_pairs(folder):
-    """A run's judge on pairs of responses: for each of JUDGED a list of (p_12, p_21, truth)s. Kept in
-    judge.json, so that a second call is quick."""
-    path = folder / "judge.json"
-    if path.exists():
-        return json.loads(path.read_text())
+def print_evidence(*more):
+    """python test_osp.py evidence [arguments of osp.py]: prints the tables and draws the picture."""
+    runs, judged, figures = finished_runs(EVIDENCE, more), {}, {}
+    for source in ("data", "sft", "policy"):
+        found = judged[source] = [judged_pairs(run["folder"], source) for run in runs["spce"]]
+        figures[source] = [osp.verdict_figures(*one) for one in found]
+    print_table("variation", "win_rate_vs_sft best_gold gold_at_1/3 gold_at_the_end KL_at_the_end", runs)
+    keys = "judge_accuracy judge_calibration_error order_agreement"
+    print_table("the frozen judge on pairs of", keys, figures)
+    draw_evidence(runs, judged, Path("runs/evidence/evidence.png"))
+
+
+def judged_pairs(folder, source):
+    """A run's judge on the data's pairs, or on two responses of "sft" or of the "policy" to each prompt:
+    (p_12, p_21, truth), (P,) each."""
     args = osp.Arguments(**json.loads((folder / "arguments.json").read_text()))
     judge, tokenizer = osp.frozen(str(folder / "sft"), args)
-    policy, _ = osp.frozen(str(folder), args)
-    texts, judged = {"data": builtin_pairs("test")[: args.num_eval_pairs]}, {}
-    rows = osp.distinct_prompts(tokenizer, builtin_pairs("test"), args.num_eval_prompts)
-    for source, model, ks in (("sft", judge, [0, 2]), ("policy", policy, [1, 3])):
-        found = osp.respond(model, tokenizer, rows, ks, osp.EVALUATION, args)
-        texts[source] = [(row.prompt, one.text, two.text) for row, (one, two) in zip(rows, found)]
-    for source, triples in texts.items():
-        p_12, p_21 = osp.ask_judge(judge, tokenizer, triples, args)
-        truth = [osp.true_strength(*triple) for triple in triples]
-        judged[source] = list(zip(p_12.tolist(), p_21.tolist(), truth))
-    osp.write_text(path, json.dumps(judged))
-    return judged
-
-
-def judge_summary(judged):
-    """The figures of judged pairs; accuracy leaves out those of equal gold."""
-    return osp.verdict_figures(*torch.tensor(judged, dtype=torch.float64).T)
-
-
-def print_evidence(folder):
-    """What `make evidence` prints and draws."""
-    runs = finished_runs(folder, "summary.json")
-    print_table("variation", [*LONG, *SIZES, *NOISE], THIRDS, runs)
-    judged = [judged_pairs(run["folder"]) for run in runs["spce"]]
-    by_source = {source: [judge_summary(one[source]) for one in judged] for source in JUDGED}
-    print_table("the frozen judge on", JUDGED, JUDGE_FIGURES, by_source)
-    draw_evidence(runs, judged, Path(folder) / "evidence.png")
+    texts = builtin_pairs("test")[: args.num_eval_pairs]
+    if source != "data":
+        model, _ = osp.frozen(str(folder / source.replace("policy", ".")), args)
+        rows = osp.distinct_prompts(tokenizer, builtin_pairs("test"), args.num_eval_prompts)
+        found = osp.respond(model, tokenizer, rows, [2, 3], osp.EVALUATION, args)
+        texts = [(row.prompt, one.text, two.text) for row, (one, two) in zip(rows, found)]
+    verdicts = osp.both_orders(judge, tokenizer, *osp.columns(texts), args.micro_batch_size)
+    return torch.stack([*verdicts, torch.tensor([osp.true_strength(*text) for text in texts])])
 
 
 def draw_curves(axes, title, labels, runs, x):
     """Gold against step or KL: each seed thinly, the mean thickly, with a square at its end."""
     for i, (name, label) in enumerate(labels.items()):
-        colour = i // 2 if labels is NOISE else i
-        style = {"color": f"C{colour}", "linestyle": "--" if "drawn" in name else "-"}
-        series = [np.array(run["points"])[:, [x, 2]].T for run in runs.get(name, [])]
+        style = {"color": f"C{i}", "linestyle": "--" if "drawn" in name else "-"}
+        series = [np.array(run["points"])[:, [x, 2]].T for run in runs[name]]
         for one in series:
             axes.plot(*one, alpha=0.2, linewidth=1, **style)
-        if series:
-            xs, ys = np.mean(series, axis=0)
-            axes.plot(xs, ys, label=label, marker=".", **style)
-            axes.plot(xs[-1:], ys[-1:], marker="s", markersize=9, **style)
-    axes.set(title=title, ylabel="gold reward", xlabel=("step", "KL from SFT, nats (squares: the end)")[x])
-    if x == 1:
-        axes.set_xscale("symlog", linthresh=5)
+        axes.plot(*np.mean(series, axis=0), label=label, marker=".", **style)
+        axes.plot(*np.mean(series, axis=0)[:, -1], marker="s", markersize=9, **style)
+    axes.set(title=title, ylabel="gold reward", xlabel=("step", "KL from SFT, nats (squares: end)")[x])
 
 
 def draw_reliability(axes, judged):
     """The mean true strength of the pairs in each tenth of the judge's strength."""
-    for source, label in JUDGED.items():
-        rows = [row for one in judged for row in one[source]]
-        table = pd.DataFrame(rows, columns=["p_12", "p_21", "truth"])
-        table["strength"] = osp.averaged_strength(table.p_12, table.p_21)
-        table = pd.concat([table, 1 - table])  # every pair in both directions
-        tenths = table.groupby((table.strength * 9.999).astype(int))
-        means = tenths.mean()[tenths.size() >= 20]
-        axes.plot(means.strength, means.truth, marker="o", label=label)
+    for source, found in judged.items():
+        p_12, p_21, truth = torch.cat(found, 1)
+        both = torch.stack([osp.averaged_strength(p_12, p_21), truth])
+        both = torch.cat([both, 1 - both], 1)  # every pair in both directions
+        tenths = (both[0] * 9.999).long()
+        points = [both[:, tenths == i].mean(1) for i in range(10) if (tenths == i).sum() >= 20]
+        axes.plot(*zip(*points), marker="o", label=f"pairs of {source}")
     axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
     axes.set(title="reliability of the frozen judge", xlabel="its strength", ylabel="true strength")
 
@@ -2420,140 +2353,181 @@ def draw_evidence(runs, judged, path):
     from matplotlib.figure import Figure  # here, since it takes a second to load
 
     figure = Figure(figsize=(12, 9), layout="constrained")
-    long, tso, noise, judge = figure.subplots(2, 2).flat
+    panels = figure.subplots(2, 2).flat
+    long, tso, noise, judge = panels
     draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
     draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
-    draw_curves(noise, "noisy labels on one fixed set of pairs", NOISE, runs, 0)
-    noise.set_ylim(-0.8)  # room for the legend
+    kinds = {name: name.replace("noisy", "strengths").replace("_", ", noise in %: ") for name in NOISE}
+    draw_curves(noise, "noisy labels on one fixed set of pairs", kinds, runs, 0)
     draw_reliability(judge, judged)
-    for axes in (long, tso, noise, judge):
+    long.set_xscale("symlog", linthresh=5)
+    tso.set_xscale("symlog", linthresh=5)
+    noise.set_ylim(-0.8)  # room for the legend
+    for axes in panels:
         axes.legend(frameon=False, fontsize=8)
         axes.grid(alpha=0.3)
     figure.savefig(path, dpi=100)
     print(f"\nPicture: {path}")
 
 
+def labels_of(folder):
+    """The (prompt, chosen, rejected)s that --method collect left in a folder."""
+    lines = [json.loads(line) for line in (folder / "preferences.jsonl").open()]
+    return [(line["prompt"], line["chosen"], line["rejected"]) for line in lines]
+
+
+def labels_folder(folder):
+    """Where the labels are that a run of a collection has learned from, too."""
+    return folder.with_name(folder.name + "-labels")
+
+
+def collect_labels(name, base, pairs, args):
+    """(prompt, chosen, rejected)s by --method collect with the models of the run `base`, labelled by the
+    truth. Where no filter chooses among a prompt's pairs, it has one, a random one."""
+    roles, options = COLLECTIONS[name]
+    args = dataclasses.replace(
+        args, method="collect", output_dir=labels_folder(args.output_dir), **options)
+    start, tokenizer = osp.frozen(str(base / "sft"), args)
+    policy, _ = osp.frozen(str(base), args)
+    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
+    rng, method = np.random.default_rng(args.seed), osp.model_matrix(roles, args, with_human=False)
+    if args.min_strength == 0.5:
+        method["pair"] = lambda scores: [rng.permutation(len(scores))[:2]]
+    rows = osp.distinct_prompts(tokenizer, pairs, args.num_train_prompts)
+    data = types.SimpleNamespace(rows=rows, gold=osp.gold_reward)
+    osp.check_folder(args)
+    with osp.output_folder(args):
+        osp.collect(models, data, osp.Method(**method), args)
+    return labels_of(args.output_dir)
+
+
+def collect_and_train(name, *argv):
+    """python test_osp.py collect NAME [arguments of osp.py]: the models of base-seed<seed> beside the
+    --output_dir ask; SFT from scratch and OSP learn from the old and the new pairs."""
+    args, pairs = osp.parse_arguments(argv), list(builtin_pairs("train"))
+    random.Random(args.seed).shuffle(pairs)
+    known, unknown = pairs[:LABELLED], pairs[LABELLED:]
+    if name != "base":
+        known += collect_labels(name, args.output_dir.with_name(f"base-seed{args.seed}"), unknown, args)
+    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in known]
+    splits = osp.builtin_preferences() | {"train": datasets.Dataset.from_list(rows)}
+    with mock.patch.object(osp, "builtin_preferences", lambda: splits):
+        osp.main([*argv])
+
+
+def print_collection(*more):
+    """python test_osp.py collection [arguments of osp.py]"""
+    runs = finished_runs([*COLLECTIONS], more)
+    for run in sum(list(runs.values())[1:], []):
+        truth = [osp.true_strength(*label) for label in labels_of(labels_folder(run["folder"]))]
+        run |= {"labels": len(truth), "against_the_truth": np.mean([p < 0.5 for p in truth])}
+    figures = "judge_accuracy judge_calibration_error gold_reward labels against_the_truth"
+    print_table("how 500 more labels were spent", figures, runs)
+
+
+def test_a_run_that_takes_anothers_sft_does_what_it_does_with_its_own(tmp_path, monkeypatch, finished):
+    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
+    own, taken, other = tmp_path / "own", tmp_path / "taken", finished["osp"]
+    run_variant("offline_dpo", *command(own))
+    monkeypatch.setattr(osp, "supervised_finetune", None)
+    take_sft(other.folder, ["--method", "offline_dpo", *command(taken)])
+    run_variant("offline_dpo", *command(taken))
+    assert read_run(own).lines == read_run(taken).lines != other.lines
+    for more in ("--sft_batch_size 9", "--seed 1"):
+        with stopped("another pi_SFT: its (sft_batch_size is 4|seed is 0)"):
+            take_sft(other.folder, command(tmp_path / "none", more))
+        assert not (tmp_path / "none").exists()
+
+
+def leave_a_run(words, stdout, **_):
+    """In place of subprocess.run: the folder of a finished run, at once; that of ipo fails."""
+    args = osp.parse_arguments(["--method", *words[3:]])
+    osp.check_folder(args)
+    stdout.write("1\n2\n3\nout of memory\n")
+    with osp.output_folder(args):
+        sft = args.output_dir / "sft"
+        if args.method == "spce":
+            sft.mkdir()
+            (sft / "model").write_text(str(args.seed))
+        assert (sft / "model").read_text() == str(args.seed)
+        line = {"step": 1, "eval_kl": 4.0, "eval_gold_reward": float(args.seed)}
+        (args.output_dir / "metrics.jsonl").write_text(json.dumps(line))
+        if args.method != "ipo":
+            (args.output_dir / "summary.json").write_text('{"gold_reward_sft": 0.0, "kl": 7}')
+    return types.SimpleNamespace(returncode=int(args.method == "ipo"))
+
+
+def test_what_is_missing_is_done_once_after_the_run_whose_sft_it_takes(tmp_path, monkeypatch, capsys):
+    started = mock.Mock(side_effect=leave_a_run)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEEDS", "3 4")
+    monkeypatch.setenv("JOBS", "1")  # ast, which parse_arguments uses, is not safe in threads
+    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
+    monkeypatch.setattr(subprocess, "run", started)
+    with stopped("ipo-seed3 is not finished; .*ipo-seed3.log ends in: 2 / 3 / out of memory", code=1):
+        finished_runs(["spce", "dpo", "ipo"], ())
+    started.reset_mock()
+    runs = finished_runs(["spce", "dpo", "random", "long_dpo"], ("--beta", "0.5"))
+    assert {call.args[0][3] for call in started.call_args_list} == {"random", "dpo"}  # which is long_dpo
+    assert started.call_count == 4
+    arguments = json.loads(Path("runs/evidence/long_dpo-seed4/arguments.json").read_text())
+    assert [arguments[name] for name in ("method", "seed", "beta", "eval_steps")] == ["dpo", 4, 0.5, 39]
+    print_table("title", "gold_at_KL_2 kl", runs)
+    assert "| dpo | 1.750±0.354 | 7.000±0.000 |\n" in capsys.readouterr().out
+
+
+def test_each_table_has_its_experiments_and_each_is_a_command(monkeypatch):
+    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
+    assert EXPERIMENTS.keys() == {*ABLATIONS, *EVIDENCE, *COLLECTIONS}
+    for name, (variant, flags) in EXPERIMENTS.items():
+        method = "osp" if name in COLLECTIONS else variant
+        assert osp.parse_arguments(["--method", method, *flags.split()])
+
+
+@pytest.mark.parametrize(
+    "name, asked", [("at_random", 6), ("step_1", 3), ("steps_1_2", 3), ("steps_1_2_3", 6)])
+def test_what_each_collection_asks_and_learns_from(name, asked, tmp_path, monkeypatch, finished):
+    """Of six prompts, or the three of the widest spread, a random pair or both."""
+    spy, learned, (roles, options) = mock.Mock(side_effect=osp.worth_asking), [], COLLECTIONS[name]
+    monkeypatch.setitem(COLLECTIONS, name, (roles, options | {"num_train_prompts": 6}))
+    monkeypatch.setattr(osp, "worth_asking", spy)
+    monkeypatch.setattr(osp, "main", lambda argv: learned.extend(osp.builtin_preferences()["train"]))
+    (tmp_path / "base-seed0").symlink_to(finished["osp"].folder)
+    collect_and_train(name, *command(tmp_path / "run", "--min_strength 0.501 --num_labels 2"))
+    pairs = spy.call_args.args[0]
+    assert len(pairs) == asked
+    assert {side.source for pair in pairs for side in (pair.better, pair.worse)} == set(roles)
+    new = [tuple(row.values()) for row in learned[LABELLED:]]
+    assert {tuple(row.values()) for row in learned[:LABELLED]} < {*builtin_pairs("train")}
+    assert new == labels_of(tmp_path / "run-labels") and len(new) == 2
+    said = {frozenset([pair.row.prompt, pair.better.text, pair.worse.text]) for pair in pairs}
+    assert {frozenset(row) for row in new} <= said
+
+
 def test_figures_of_the_tables_by_hand():
     points = [(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9)]
     assert gold_at_kl(points, 2.0) == pytest.approx(1.4)
     assert gold_at_kl(points, 3.5) is None
-    assert spread([1.0, 2.0, None], 1) == "1.5±0.7 (2 of 3)"
-    assert spread([None], 1) == ""
+    assert spread([1.0, 2.0, None]) == "1.500±0.707 (2 of 3)"
+    assert spread([None]) == ""
     judged = [(0.9, 0.3, 0.7), (0.2, 0.6, 0.7), (0.5, 0.5, 0.5), (0.8, 0.4, 0.5)]
-    figures = judge_summary(judged)  # of strengths 0.8, 0.3, 0.5 and 0.7
-    assert figures["judge_accuracy"] == 0.5
-    assert figures["order_agreement"] == 1
+    figures = osp.verdict_figures(*torch.tensor(judged).T)  # of strengths 0.8, 0.3, 0.5 and 0.7
+    assert figures["judge_accuracy"] == 0.5 and figures["order_agreement"] == 1
     assert figures["judge_calibration_error"] == pytest.approx((0.1 + 0.4 + 0 + 0.2) / 4)
 
 
-# make collection: what 500 more labels are worth, by how they are spent
-LABELLED = 1500  # pairs from which the models that ask have learned
-ANY_PAIR = {"max_similarity": 1.0, "min_strength": 0.5, "max_strength": 1.0}
-COLLECTIONS = {  # name -> who responds, arguments of --method collect
-    "base": None,  # no more labels
-    "random": (["start"], {"num_train_prompts": 520, "keep_prompts": 1.0} | ANY_PAIR),
-    "step_1": (["start"], {"num_train_prompts": 1040} | ANY_PAIR),  # prompts of the widest spread
-    "steps_1_2": (["start", "policy"], {"num_train_prompts": 1040} | ANY_PAIR),  # also OSP's responses
-    "steps_1_2_3": (["start", "policy"], {"num_train_prompts": 2080}),  # and the filter
-    "landslides": (["start", "policy"],  # a filter that keeps the large gaps instead
-                   {"num_train_prompts": 2080, "min_strength": 0.95, "max_strength": 1.0})}
-COLLECTED = {"judge_accuracy": 3, "judge_calibration_error": 3, "own_judge_accuracy": 3,
-             "own_judge_calibration_error": 3, "gold_reward": 2, "labels": 0, "thrown_away": 2,
-             "against_the_truth": 3, "ties": 3, "distinct_responses": 3}
-
-
-def small_world(pairs):
-    """The built-in task with these (prompt, chosen, rejected)s to train on. A context manager."""
-    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in pairs]
-    splits = osp.builtin_preferences() | {"train": datasets.Dataset.from_list(rows)}
-    return mock.patch.object(osp, "builtin_preferences", lambda: splits)
-
-
-def collected_labels(name, models, prompts, args):
-    """(prompt, chosen, rejected)s by --method collect, which the truth labels, and figures of them. Where
-    no filter chooses among a prompt's pairs, it has one, a random one."""
-    roles, options = COLLECTIONS[name]
-    args, rng = dataclasses.replace(args, **options), np.random.default_rng(args.seed)
-    method = osp.matrix_method(roles, args, with_human=False)
-    if args.min_strength == 0.5:
-        method = dataclasses.replace(method, pair=lambda scores: [rng.permutation(len(scores))[:2]])
-    rows = osp.distinct_prompts(models.tokenizer, prompts, args.num_train_prompts)
-    data = types.SimpleNamespace(rows=rows, gold=osp.gold_reward)
-    counts = osp.collect(models, data, method, args, {})
-    kept = counts["prompts_kept"] / counts["prompts"] * counts["questions"] / counts["pairs"]
-    table = pd.read_json(args.output_dir / "preferences.jsonl", lines=True)
-    labels = table[["prompt", "chosen", "rejected"]].values.tolist()
-    truth = np.array([osp.true_strength(*label) for label in labels])
-    distinct = len({*table.chosen, *table.rejected}) / (2 * len(table))
-    return labels, {"labels": len(labels), "thrown_away": 1 - kept, "distinct_responses": distinct,
-                    "against_the_truth": np.mean(truth < 0.5), "ties": np.mean(truth == 0.5)}
-
-
-def collect_and_train(name, seed, folder, *options):
-    """python test_osp.py collect NAME SEED FOLDER: a run of the experiment, in FOLDER/NAME-seedSEED. The
-    models of FOLDER/base-seedSEED ask; SFT from scratch and OSP learn from the old and the new pairs."""
-    run, base = Path(folder) / f"{name}-seed{seed}", Path(folder) / f"base-seed{seed}"
-    pairs, labels, result = list(builtin_pairs("train")), [], {}
-    random.Random(int(seed)).shuffle(pairs)
-    options = [*options, "--seed", seed]
-    if name != "base":
-        args = osp.parse_arguments(options)
-        args.output_dir = run.with_name(run.name + "-labels")
-        start, tokenizer = osp.frozen(str(base / "sft"), args)
-        policy, _ = osp.frozen(str(base), args)
-        models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
-        labels, result = collected_labels(name, models, pairs[LABELLED:], args)
-    if not (run / "summary.json").exists():
-        with small_world(pairs[:LABELLED] + labels):
-            osp.main([*options, "--output_dir", str(run), "--resume_from_checkpoint=latest"])
-    for key, value in judge_summary(judged_pairs(run)["policy"]).items():
-        result[f"own_{key}"] = value
-    result |= json.loads((run / "summary.json").read_text())
-    osp.write_text(run / "result.json", json.dumps(result))
-
-
-def print_collection(folder):
-    """What `make collection` prints."""
-    runs = finished_runs(folder, "result.json")
-    print(f"500 labels more, {len(runs['base'])} seeds; the steps of collection are reconstructed")
-    print_table("how they were spent", COLLECTIONS, COLLECTED, runs)
-
-
-@pytest.mark.parametrize("name", ["random", "step_1", "steps_1_2", "steps_1_2_3"])
-def test_what_each_collection_asks(name, tmp_path):
-    models, _, args = variant_world(min_strength=0.501, max_strength=0.51, output_dir=tmp_path)
-    labels, figures = collected_labels(name, models, builtin_pairs("train")[:6], args)
-    questions, counts = json.loads((tmp_path / "questions.json").read_text())
-    asked = pd.DataFrame(questions)
-    assert counts["prompts_kept"] == (6 if name == "random" else 3)
-    assert figures["labels"] == len(labels) == len(asked) > 0
-    assert figures["thrown_away"] == 1 - len(asked) / (18 if name == "steps_1_2_3" else 6)
-    assert {*asked.one_from, *asked.two_from} == set(COLLECTIONS[name][0])
-    if name == "steps_1_2_3":
-        assert (asked.strength - 0.5).abs().between(0.001, 0.01).all()
-
-
-def test_a_small_world():
-    pairs = [("Human: tell my boss about rain now", "rain is warm .", "tea is warm .")]
-    with small_world(pairs):
-        assert [tuple(row.values()) for row in osp.load_preferences(None)] == pairs
-
-
 # Commands -----------------------------------------------------------------------------------------
-COMMANDS = {"run": run_variant, "run_with_sft": run_with_sft, "bench": bench, "bench_step": bench_step,
-            "ablations": print_ablations, "evidence": print_evidence, "collect": collect_and_train,
-            "collection": print_collection,
-            "vectors": lambda folder: write_vectors(Path(folder))}
+COMMANDS = {"run": run_variant, "collect": collect_and_train, "bench": bench, "bench_step": bench_step,
+            "ablations": print_ablations, "evidence": print_evidence, "collection": print_collection,
+            "vectors": write_vectors}
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as osp.py does
+    osp.METHODS |= VARIANTS
     osp.start_process()
     try:
         COMMANDS[sys.argv[1]](*sys.argv[2:])
-        sys.exit()
     except osp.Stop as stop:
-        sentence, code = str(stop), stop.code
+        print(f"osp: {stop}", file=sys.stderr)
+        sys.exit(stop.code)
     except KeyboardInterrupt:
-        sentence, code = "interrupted; the same command goes on from the last checkpoint.", 130
-    print(f"osp: {sentence}", file=sys.stderr)
-    sys.exit(code)
+        sys.exit("osp: interrupted; the same command goes on from the last checkpoints.")
