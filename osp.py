@@ -22,7 +22,8 @@ are the judge's question, the curriculum of SFT and the built-in task. Docstring
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
 vocabulary. Pr(A) is the judge's probability of the verdict A, p a strength: how likely 1 is better.
 `logps` is always a SUM over a response's tokens, its EOS included, its prompt excluded; `token_logps`
-is per token. The reward of a response is beta * (log pi_theta - log pi_reference), as in DPO.
+is per token. A response that was cut off has no EOS. The reward of a response is beta * (log pi_theta -
+log pi_reference), as in DPO. Of a Pair, 1 is the better response and 2 the worse.
 A stage's `args` is an Arguments, its `models` a Models, its `rows` and `pairs` lists of Row and Pair.
 """
 import copy
@@ -197,7 +198,8 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
                    micro_batch_size: int = 8) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
-    share = not (model.training and model.is_activation_checkpointing)  # it allows no cache
+    checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
+    share = shares_prompts(model) and not checkpointing
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     logps = torch.zeros(len(prompt_ids), device=model.device)
     for part in chunks(order, micro_batch_size):
@@ -225,7 +227,7 @@ def supervised_tasks(models, batch, args):
     the loss on the verdict alone."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
     some = prompts[: math.ceil(len(batch) / 3)]
-    responses = encode_responses(tokenizer, some, chosen, args.max_new_tokens)
+    responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
     questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
                                  context_length(models.policy) - 1)  # room for the verdict
     _, a, b = verdict_format(tokenizer)
@@ -250,9 +252,10 @@ def supervised_finetune(models, pairs, args):
 
 
 def supervised_loss(policy, prompts, targets, args):
-    """The mean loss over all target tokens of one task, whose gradients are added up."""
+    """The mean loss over all target tokens of one task. Its gradient is added to that of the other:
+    accumulate_gradients calls backward on the sum of the losses over their number, by micro-batches."""
     def losses_of(part):
-        """Sequences -> (N, T) losses, twice."""
+        """Sequences -> (N, T) losses: those to sum up, and those to return for each sequence."""
         losses = -token_logps(policy, *zip(*part))
         return losses, losses
 
@@ -278,7 +281,8 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
     for uniform in noise.T:
-        cdf = (logits.float() / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
+        logits = logits[:, : getattr(model, "words", None)].float()  # more may be embedded
+        cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
         tokens.append(token.clamp_(max=cdf.shape[1] - 1))
         lengths += ~ended
@@ -300,7 +304,8 @@ def ranking_scores(models, rows, candidates, args):
     """Each prompt's candidates -> their scores 1 - Pr(A), where A is the prompt's first candidate and B
     the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges
     describe OSP's ranking so. Reconstruction: the first is the baseline, since a response of the present
-    policy stays comparable; only one order is asked, since a liking for A is much the same in all K."""
+    policy stays comparable; only one order is asked, since a liking for A raises all K alike, and so
+    leaves their order."""
     texts = []
     for row, found in zip(rows, candidates):
         texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
@@ -373,7 +378,8 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 
         h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
 
-    It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. Source: the paper for its
+    It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. A tie, p = 1/2, pulls h
+    back to 0; p below 1/2 trains against the ranking. Source: the paper for its
     name and purpose. Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and
     the policy's Bernoulli(sigmoid(h))."""
     h = reward_1 - reward_2
@@ -392,7 +398,8 @@ def start_training(models, learning_rate, steps, args):
 
 
 def optimizer_step(models, loss, where, args):
-    """Clips, steps, forgets the gradients; returns their norm before clipping. Raises Stop on NaN."""
+    """Clips the gradients that are there, steps, forgets them; returns their norm before clipping. The
+    loss is looked at only: Raises Stop where it or the norm is no number."""
     weights = models.policy.parameters()
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -433,7 +440,8 @@ def update(models, pairs, method, step, args):
 
 # 11. One step, the whole run, and the table of stages ---------------------------------------------
 def make_pairs(models, rows, method, step, args):
-    """A step before its update: each row's candidates and pairs; pairs to drop have no strength."""
+    """A step before its update: each row's candidates and pairs. Pairs without a strength are dropped
+    from the mean: those of identical responses, whose gradient is 0, and those a method is unsure of."""
     candidates, pairs = method.sample(models, rows, step, args), []
     scores = method.score(models, rows, candidates, args)
     for row, found, row_scores in zip(rows, candidates, scores):
@@ -507,7 +515,7 @@ def run_method(args) -> dict:
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args))
-        if data.sft_pairs and path == args.model_name_or_path:  # else SFT was done before
+        if data.sft_pairs and path == args.model_name_or_path:  # else the model at `path` is pi_SFT
             supervised_finetune(models, data.sft_pairs, args)
             path = save_sft(models, args)
         models.start, _ = frozen(path, args)  # pi_SFT
@@ -1104,6 +1112,7 @@ def checked_model(model, tokenizer, name, keys):
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
     if len(tokenizer) > embedded:
         refuse(f"{name!r} has a tokenizer of {len(tokenizer)} tokens, but embeds only {embedded}")
+    model.words = max(tokenizer.get_vocab().values()) + 1
     missing, broken = sorted(keys["missing_keys"])[:5], []
     if missing:
         refuse(f"{name!r} lacks weights, such as {', '.join(missing)}: take a whole model")
@@ -1127,7 +1136,54 @@ def checked_model(model, tokenizer, name, keys):
     if not torch.allclose(one, noisy, atol=1e-2):
         refuse(f"{name!r} draws noise while it is trained, as by dropout or jitter: set that to 0 in "
                "its config.json")
-    return model.eval()
+    check_passes(model.eval(), name)
+    return model
+
+
+def shares_prompts(model):
+    """Whether the model's keys and values may be shared; check_passes finds it out."""
+    return getattr(model, "shares_prompts", True)
+
+
+def check_passes(model, name):
+    """Compares batches, shared prompts and sampling with plain passes of single sequences. Where
+    sharing is wrong or impossible, as with recurrent layers, it is given up. Raises Stop if that does
+    not help."""
+    close = 1e-3 if model.dtype == torch.float32 else 0.5
+    for model.shares_prompts in (True, False):
+        try:
+            worst = passes_differ(model)
+        except Exception as error:  # each family has a kind of its own
+            worst = f"the error {cause(error)!r}"
+        if type(worst) is float and worst < close:
+            break
+    else:
+        refuse(f"{name!r} cannot be used: with a cache, or in batches, its log-probabilities differ "
+               f"from those of single sequences by {worst}")
+    if not model.shares_prompts:
+        print(f"{name!r} cannot share the cache of a prompt: it takes plain passes, which are slower")
+
+
+@torch.no_grad()
+def passes_differ(model):
+    """The largest difference of log-probabilities and verdicts; infinite if a sample differs."""
+    prompts, responses = [[2, 3, 4, 5, 6, 4], [3, 4]], [[5, 6, 4], [4, 3, 2, 6, 5]]
+    noise = torch.linspace(0.1, 0.9, 12, dtype=torch.float64).reshape(2, 6)
+    wholes, gaps = [one + two for one, two in zip(prompts, responses)], []
+    logps, sampled = response_logps(model, prompts, responses), sample(model, prompts, noise, 1.0, [-1])
+    verdicts = question_logits(model, "ab", wholes, [2, 3], 2)
+    for i, (drawn, response) in enumerate(zip(prompts, responses)):
+        alone = model(input_ids=torch.tensor([wholes[i]])).logits[0].float()
+        steps = alone.log_softmax(-1)[len(drawn) - 1 : -1]
+        gaps += [logps[i] - steps[range(len(response)), response].sum()]
+        gaps += verdicts[i] - alone[-1, [2, 3]]
+        for uniform in noise[i]:
+            logits = model(input_ids=torch.tensor([drawn])).logits[0, -1].float()
+            cdf = logits[: getattr(model, "words", None)].softmax(-1).double().cumsum(-1)
+            drawn = [*drawn, torch.searchsorted(cdf, uniform * cdf[-1], right=True).item()]
+        if drawn[-6:] != sampled[i] and model.dtype == torch.float32:  # bf16 may round to another one
+            return math.inf
+    return max(abs(gap.item()) for gap in gaps)
 
 
 def stop_token_ids(model, tokenizer):
@@ -1156,9 +1212,12 @@ def prefill(model, prompt_ids):
     prompts are computed once; all responses to one send their gradients through that computation."""
     distinct = {}  # prompt -> its row
     rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
-    ids, mask = padded(list(distinct), [[]] * len(distinct), model.device)
+    prompts = list(distinct) if shares_prompts(model) else prompt_ids
+    ids, mask = padded(prompts, [[]] * len(prompts), model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
+    if not shares_prompts(model):
+        return cache, logits, mask
     rows = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
     return cache, logits[rows], mask[rows]
@@ -1187,12 +1246,17 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         of_prompt.setdefault(transcript(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
         shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail of one or more
+        shared *= shares_prompts(judge)
         rows += [(ids[:shared], ids[shared:]) for ids in group]
     for part in chunks(sorted(rows, key=lambda row: (len(row[0]), row)), micro_batch_size):
         heads, tails = zip(*part)
-        cache, _, mask = prefill(judge, heads)
-        ids, tail_mask = padded(tails, [[]] * len(part), judge.device)  # on the left: verdicts meet
-        logits = forward(judge, ids, torch.cat([mask, tail_mask], 1), 1, cache)[:, -1, verdicts]
+        ids, mask = padded([[]] * len(part), tails, judge.device)  # on the left a hole would be between
+        ends, cache = mask.sum(1) - 1, None
+        if shares_prompts(judge) and heads[-1]:
+            cache, _, head_mask = prefill(judge, heads)
+            mask = torch.cat([head_mask, mask], 1)
+        kept, column = ends.unique(return_inverse=True)
+        logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column][:, verdicts]
         found |= {head + tail: row for (head, tail), row in zip(part, logits)}
     none = torch.zeros(0, 2, device=judge.device)
     return torch.cat([none] + [found[tuple(ids)][None] for ids in questions])

@@ -68,6 +68,19 @@ def absolute(vocab_size=40):
     return tiny(transformers.GPT2Config, vocab_size, n_embd=32, n_layer=2, n_head=4)
 
 
+def windowed(vocab_size=40):
+    """Every layer sees 24 tokens back."""
+    return tiny(transformers.MistralConfig, vocab_size, hidden_size=32, intermediate_size=48,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=24)
+
+
+def hybrid(vocab_size=40):
+    """A layer of convolutions, whose state cannot be shared, and one of attention."""
+    return tiny(transformers.Lfm2Config, vocab_size, hidden_size=32, intermediate_size=48,
+                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                layer_types=["conv", "full_attention"])
+
+
 BOTH_KINDS = pytest.mark.parametrize("kind", [rotary, absolute])
 SAYING = "the cat sat on the mat . Human: Assistant: rain is gentle ."
 TRAINING_TEXT = [osp.JUDGE_FRAME, "A B\nA\nB", SAYING] * 9
@@ -490,10 +503,11 @@ SAYINGS = st.lists(SAYING_WORDS, max_size=3).map(" ".join)
 QUESTION = st.tuples(st.sampled_from(["hi", "the mat"]), SAYINGS, SAYINGS)
 
 
-@pytest.mark.parametrize("judge", [rotary(len(BYTES)), absolute(len(BYTES))], ids=["rotary", "absolute"])
+@pytest.mark.parametrize("kind", [rotary, absolute, windowed])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
 @settings(max_examples=25, deadline=None)
-def test_questions_that_share_their_head_get_the_answers_they_get_alone(judge, questions, size):
+def test_questions_that_share_their_head_get_the_answers_they_get_alone(kind, questions, size):
+    judge = kind(len(BYTES))
     found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), size)
     alone = [asked_alone(judge, BYTES, *question) for question in questions]
     assert found == pytest.approx(alone, abs=CLOSE)
@@ -687,6 +701,12 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
     "chat prompts": ({"prompt": chat("q", "a", "r")}, chat("q", "a", "r")),
     "kto": ({"prompt": "q", "completion": "c", "label": True}, "q"),
+    "a blank at the end": ({"prompt": "The sky is \n"} | texts(), "The sky is"),
+    "parts of text": ({"prompt": [{"role": "user", "content": [
+        {"type": "text", "text": "The sky "}, {"type": "text", "text": "is"}]}]}, chat("The sky is")),
+    "a turn that is repeated with another key": (
+        {"prompt": chat("q")} | {name: [chat("q\n")[0] | {"weight": 1}, *chat("", text)[1:]]
+                                 for name, text in texts().items()}, chat("q")),
 }
 WRITERS = {
     ".jsonl": datasets.Dataset.to_json, ".parquet": datasets.Dataset.to_parquet,
@@ -716,6 +736,9 @@ DROPPED = [
     ({"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": HI + " a"}, "a role marker inside"),
     ({"chosen": "The sky is blue", "rejected": "The sky is red"}, "a prompt, response or turn without"),
     ({"chosen": None, "rejected": HI}, "a prompt, response or turn without"),
+    ({"prompt": None, "chosen": HI + " a", "rejected": HI + " b"}, "a prompt, response or turn without"),
+    ({"prompt": chat("q", "", "r")}, "a prompt, response or turn without"),
+    ({"prompt": chat("q", "\u200b", "r")}, "a prompt, response or turn without"),
     (TLDR | {"info": TLDR["info"] | {"post": None}}, "not a TL;DR post"),
     ({"prompt": [{"from": "human", "value": "q"}]}, "not in the format"),
     ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "not in the format")]
@@ -910,15 +933,95 @@ def bert():
     return transformers.BertForMaskedLM(transformers.BertConfig(**config))
 
 
+def broken():
+    """One row of one matrix is NaN."""
+    model = rotary(len(BYTES))
+    model.model.embed_tokens.weight.data[7] = math.nan
+    return model
+
+
+def noisy():
+    """It reads its dropout from the configuration at each call."""
+    return tiny(transformers.FalconConfig, len(BYTES), hidden_size=32, num_hidden_layers=2,
+                num_attention_heads=4, hidden_dropout=0.5, alibi=False)
+
+
+def recurrent():
+    """It has no keys and values."""
+    return transformers.MambaForCausalLM(transformers.MambaConfig(
+        vocab_size=len(BYTES), hidden_size=32, state_size=8, num_hidden_layers=2))
+
+
 @pytest.mark.parametrize("make, eos, expected", [
     (bert, "<|endoftext|>", "causal language model"),
     (lambda: rotary(len(BYTES) - 1), "<|endoftext|>", "embeds only"),
-    (lambda: rotary(len(BYTES)), None, "no EOS token")])
+    (lambda: rotary(len(BYTES)), None, "no EOS token"),
+    (broken, "<|endoftext|>", "not finite numbers .NaN., such as model.embed_tokens.weight"),
+    (noisy, "<|endoftext|>", "draws noise"),
+    (recurrent, "<|endoftext|>", "with a cache, or in batches, its log-probabilities differ")])
 def test_models_that_do_not_fit_are_refused(tmp_path, make, eos, expected):
     tokenizer = byte_level_tokenizer()
     tokenizer.eos_token = eos
     with stopped(expected):
         osp.load_model(saved(tmp_path, tokenizer, make()), arguments())
+
+
+def test_weights_that_are_missing_or_match_nothing_are_named(tmp_path, capsys):
+    folder = Path(saved(tmp_path, BYTES, rotary(len(BYTES))))
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    weights["model.layers.9.odd"] = torch.zeros(2)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    osp.load_model(str(folder), arguments())
+    assert "match nothing: ['model.layers.9.odd']" in capsys.readouterr().out
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with stopped("lacks weights, such as model.layers.1.mlp.up_proj.weight"):
+        osp.load_model(str(folder), arguments())
+
+
+def test_a_model_with_recurrent_layers_runs_by_plain_passes(tmp_path, capsys):
+    model, _ = osp.load_model(saved(tmp_path, BYTES, hybrid(len(BYTES))), arguments())
+    assert not model.shares_prompts
+    assert "plain passes" in capsys.readouterr().out
+    prompts, responses = [[5, 6, 7, 8], [9], [5, 6, 7, 8]], [[4, 3], [8, 8, 7], [6]]
+    slow = [naive_logps(model, *texts).item() for texts in zip(prompts, responses)]
+    assert osp.response_logps(model, prompts, responses).tolist() == pytest.approx(slow, abs=CLOSE)
+    questions = [("hi", "rain", "the mat ."), ("hi", "mat", "x")]
+    found = osp.verdict_probabilities(model, BYTES, *zip(*questions))
+    assert found == pytest.approx([asked_alone(model, BYTES, *one) for one in questions], abs=CLOSE)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled():
+    model = rotary(40)
+    model.words = 8
+    noise = torch.full((1, 50), 0.999999, dtype=torch.float64)
+    assert osp.sample(model, [[3]], noise, 1.0, [1]) == [[7] * 50]
+
+
+TURN = LOOP + "<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
+OPENING = "{% if add_generation_prompt %}<assistant>"
+PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+
+
+@pytest.mark.parametrize("template, expected", [
+    (TURN + OPENING + "{% endif %}", ("<user>hi<end><assistant>", "")),
+    (TURN + OPENING + "\n{% endif %}", ("<user>hi<end><assistant>\n", "")),
+    (TURN.replace("m.content", "' ' + m.content") + OPENING + "{% endif %}",
+     ("<user> hi<end><assistant>", " ")),
+    (TURN.replace("{{ m.content", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content")
+     + OPENING + "{% endif %}", ("<user>hi<end><assistant><think></think>", "")),
+    (TURN.replace("{{ m.content }}", PARTS) + OPENING + "{% endif %}", ("<user>hi<end><assistant>", "")),
+    (TURN + OPENING + "<think>{% endif %}", "enable_thinking"),
+    (LOOP + "{% endfor %}" + OPENING + "{% endif %}", "leaves out the prompt")])
+def test_what_stands_before_an_answer_is_read_off_the_template(template, expected):
+    tokenizer = byte_level_tokenizer(template)
+    if isinstance(expected, str):
+        with stopped(expected):
+            osp.framed(tokenizer, "hi")
+        return
+    assert (osp.framed(tokenizer, "hi"), osp.template_habits(tokenizer)[2]) == expected
+    [ids] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99)
+    assert tokenizer.decode(ids) == expected[1] + "the cat<|endoftext|>"
 
 
 def test_help_shows_both_defaults(capsys):
@@ -1638,7 +1741,9 @@ class GivenLogits(torch.nn.Module):
     def forward(self, input_ids, position_ids, logits_to_keep, **_):
         self.position_ids = position_ids
         logits = self.table[position_ids, input_ids]
-        return types.SimpleNamespace(logits=logits[:, -logits_to_keep:])
+        if isinstance(logits_to_keep, int):
+            return types.SimpleNamespace(logits=logits[:, -logits_to_keep:])
+        return types.SimpleNamespace(logits=logits[:, logits_to_keep])
 
 
 def as_text(ids):
