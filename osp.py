@@ -78,7 +78,8 @@ class MethodArguments:
     seed: int = 0  # the only source of randomness
     sft_learning_rate: float = 1e-5  # peak learning rate of SFT
     sft_batch_size: int = 16  # preference pairs an SFT step, each in both orders
-    sft_max_steps: int = 2000  # SFT steps
+    sft_num_train_epochs: int = 6  # passes of SFT over the pairs
+    sft_max_steps: int = -1  # SFT steps; -1: after these passes
     num_generations: int = 8  # K, the responses sampled for each prompt
     max_new_tokens: int = 128  # longest response, in tokens
     temperature: float = 1.0  # of sampling; 1 is on-policy
@@ -86,7 +87,7 @@ class MethodArguments:
     num_train_prompts: int = 200  # distinct prompts to train on
     prompts_per_step: int = 16  # B, the prompts of a step, of all processes together
     num_train_epochs: int = 3  # passes over these prompts
-    max_steps: int = -1  # end after so many steps; -1: after the epochs; 0: only SFT and evaluation
+    max_steps: int = -1  # steps; -1: after these passes; 0: only SFT and evaluation
     learning_rate: float = 1e-6  # peak learning rate
     lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # form
     warmup_steps: float = 0.1  # steps of warm-up; below 1: their share of all steps
@@ -238,11 +239,13 @@ def supervised_tasks(models, batch, args):
 def supervised_finetune(models, pairs, args):
     """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
     mean over all target tokens."""
-    start_training(models, args.sft_learning_rate, args.sft_max_steps, args)
+    epochs = args.sft_num_train_epochs
+    steps = number_of_steps(len(pairs), args.sft_batch_size, epochs, args.sft_max_steps)
+    start_training(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
     easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
-    for step, log in resumable_steps("sft", args.sft_max_steps, models, args):
-        allowed = easy if step < args.sft_max_steps * EASY_STEPS else by_size
+    for step, log in resumable_steps("sft", steps, models, args):
+        allowed = easy if step < steps * EASY_STEPS else by_size
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
         losses = {}
         for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
@@ -411,6 +414,11 @@ def optimizer_step(models, loss, where, args):
     return grad_norm
 
 
+def number_of_steps(n, size, epochs, most):
+    """The steps of so many passes over n rows, or `most` where that is not -1."""
+    return most if most >= 0 else epochs * math.ceil(n / size)
+
+
 def step_indices(n, size, step, seed):
     """The numbers of a step's rows. Each epoch has a new order; its last step may be smaller. They are a
     function of the step alone, so a resumed run needs no saved position in the data."""
@@ -468,9 +476,7 @@ def train_step(models, rows, method, step, args):
 
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
-    steps = args.num_train_epochs * math.ceil(len(data.rows) / args.prompts_per_step)
-    if args.max_steps >= 0:
-        steps = min(steps, args.max_steps)
+    steps = number_of_steps(len(data.rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
     start_training(models, args.learning_rate, steps, args)
     add_responses(models, "start", data.held_out + data.ood, args)
     evaluation = None
@@ -564,7 +570,7 @@ BUILTIN = {
     "max_new_tokens": 16, "micro_batch_size": 96, "sft_learning_rate": 3e-3, "sft_batch_size": 48,
     "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13,
     "reference_steps": 39}
-LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": 0, "num_generations": 2}
+LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "num_generations": 2}
 
 
 def parse_arguments(argv):
@@ -833,6 +839,8 @@ def report_table(summary, method):
         table += "Warning: the judge is no better than chance. Take more SFT, pairs, or another model.\n"
     if summary.get("order_agreement", 1.0) < 2 / 3:
         table += "Warning: the judge's two orders disagree: it goes by position. Take a better judge.\n"
+    if summary.get("judge_calibration_error", 0.0) > 0.15:
+        table += "Warning: the judge's strengths are far off. Try other --sft_num_train_epochs.\n"
     if summary["cut_fraction"] > 0.5:
         table += "Warning: over half of the responses were cut off. Raise --max_new_tokens.\n"
     return table
@@ -1339,6 +1347,9 @@ def template_habits(tokenizer):
     else:
         refuse("The chat template leaves out the prompt: take another chat_template for the model")
     whole = rendered(tokenizer, messages, as_parts)
+    dates = [time.strftime(form) for form in ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%Y-%m-%d")]
+    if any(date in opened for date in dates):
+        print("The chat template writes today's date: on another day a run goes on with other prompts.")
     stripped = opened.rstrip()
     if not whole.startswith(stripped):
         refuse(f"The chat template opens an answer with {opened[-20:]!r}, but not one that is given: if "
@@ -1431,6 +1442,8 @@ def load_data(readers, args):
     train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
     sft = args.sft and hold_pairs(train.column_names)
     wanted = max(sft * args.sft_max_steps * args.sft_batch_size, 4 * args.num_train_prompts)
+    if sft and args.sft_max_steps < 0:
+        wanted = len(train)
     enough = wanted + max(args.num_eval_prompts, args.num_eval_pairs)
     names, test = set(train.column_names), args.dataset_test_split
     print("columns read:", *sorted(names & COLUMNS), "- ignored:", *sorted(names - COLUMNS))
@@ -1442,7 +1455,7 @@ def load_data(readers, args):
         held_out = usable_rows(take_split(splits, test, "dataset_test_split"), unfit, -1, "held-out")
     else:
         prompts = list(dict.fromkeys(transcript(row[0]) for row in rows))
-        some = prompts[: min(args.num_eval_prompts, len(prompts) // 10 + 1)]
+        some = prompts[: min(args.num_eval_prompts, max(1, len(prompts) // 10))]
         held_out = [row for row in rows if transcript(row[0]) in some]
     ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if builtin else []
     for part in (held_out, ood):

@@ -407,6 +407,11 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
+def test_steps_go_by_passes_or_by_their_number():
+    assert [osp.number_of_steps(10, 4, 3, most) for most in (-1, 0, 5, 50)] == [9, 0, 5, 50]
+    assert rates_of("linear", 0.1, steps=1) == [1.0]  # a single step trains something
+
+
 @pytest.mark.parametrize("asked, warmup", [(0.1, 2), (0.11, 3), (5.0, 5)])
 def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps(asked, warmup):
     expected = [step / warmup for step in range(warmup)] + [1.0] * (20 - warmup)
@@ -1180,6 +1185,8 @@ def test_max_steps_0_only_evaluates_and_arguments_json_is_the_first_file(tmp_pat
     ({"judge_accuracy": 0.56, "judge_pairs": 100}, "no better than chance"),
     ({"order_agreement": 0.6}, "two orders disagree"),
     ({"cut_fraction": 0.6}, "--max_new_tokens"),
+    ({"judge_calibration_error": 0.14}, None),
+    ({"judge_calibration_error": 0.16}, "--sft_num_train_epochs"),
 ])
 def test_figures_that_mean_nothing_are_warned_of(figures, warning):
     good = {"held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "order_agreement": 0.9,
@@ -2298,8 +2305,8 @@ for name in LONG:
     EXPERIMENTS[name] = (name.removeprefix("long_"), "--num_train_epochs 27 --eval_steps 39")
 for name in COLLECTIONS:  # on 1,500 pairs the judge is best so early; later it knows the labels by heart
     EXPERIMENTS[name] = (name, "--sft_max_steps 400")
-OF_SFT = """seed sft sft_learning_rate sft_batch_size sft_max_steps model_name_or_path dataset_name
-    max_new_tokens lr_scheduler_type warmup_steps max_grad_norm bf16""".split()  # what pi_SFT depends on
+OF_SFT = """seed sft sft_learning_rate sft_batch_size sft_num_train_epochs sft_max_steps
+    model_name_or_path dataset_name max_new_tokens lr_scheduler_type warmup_steps max_grad_norm bf16""".split()
 
 
 def take_sft(other, argv):
