@@ -31,7 +31,6 @@ import dataclasses
 import difflib
 import fcntl
 import functools
-import inspect
 import itertools
 import json
 import math
@@ -100,13 +99,11 @@ def load_model(name, args, dtype=torch.float32):
     if name is None:
         return builtin_model(args.seed)
     trust = args.trust_remote_code
-    with reading(f"{name!r} as a causal language model", "a folder with config, tokenizer, safetensors"):
+    with trying(f"read {name!r} as a causal language model", FROM_HUB + "folder with safetensors"):
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
         model, keys = transformers.AutoModelForCausalLM.from_pretrained(
             name, dtype=dtype, use_safetensors=True, trust_remote_code=trust, output_loading_info=True)
-    tokenizer.apply_chat_template = functools.partial(
-        tokenizer.apply_chat_template, **json.loads(args.chat_template_kwargs))
-    return checked_model(model, tokenizer, name, keys), tokenizer
+    return checked_model(model, tokenizer, keys, args), tokenizer
 
 
 @dataclasses.dataclass
@@ -117,7 +114,7 @@ class Models:
     start: Any = None  # pi_SFT, with which evaluation compares; it never moves
     reference: Any = None  # of the loss
     judge: Any = None  # of the strengths
-    eval_judge: Any = None  # of the win rate where the truth is not known: (model, tokenizer)
+    others: dict = dataclasses.field(default_factory=dict)  # those named by options: (model, tokenizer)s
     optimizer: Any = None
     scheduler: Any = None
 
@@ -138,8 +135,6 @@ class Row:
     ids: Ids  # of the framed prompt, which a response continues
     index: int  # its number in its set, which picks its sampling noise
     responses: list  # the data's own (chosen, rejected)s, if it has any
-    start: Candidate | None = None  # pi_SFT's response, for evaluation
-    policy: Candidate | None = None  # the policy's at the last evaluation
 
 
 @dataclasses.dataclass
@@ -200,10 +195,10 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
     checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
-    share = shares_prompts(model) and not checkpointing
+    share = model.shares_prompts and not checkpointing
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     logps = torch.zeros(len(prompt_ids), device=model.device)
-    for part in chunks(order, micro_batch_size):
+    for part in progress(chunks(order, micro_batch_size), "log-probabilities"):
         prompts, responses = [prompt_ids[i] for i in part], [response_ids[i] for i in part]
         logps[part] = token_logps(model, prompts, responses, share).sum(-1)
     return logps
@@ -239,8 +234,7 @@ def supervised_tasks(models, batch, args):
 def supervised_finetune(models, pairs, args):
     """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
     mean over all target tokens."""
-    epochs = args.sft_num_train_epochs
-    steps = number_of_steps(len(pairs), args.sft_batch_size, epochs, args.sft_max_steps)
+    steps = sft_steps(pairs, args)
     start_training(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
     easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
@@ -284,7 +278,7 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
     for uniform in noise.T:
-        logits = logits[:, : getattr(model, "words", None)].float()  # more may be embedded
+        logits = logits[:, : model.words].float()  # more may be embedded than the tokenizer has
         cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
         tokens.append(token.clamp_(max=cdf.shape[1] - 1))
@@ -309,12 +303,15 @@ def ranking_scores(models, rows, candidates, args):
     describe OSP's ranking so. Reconstruction: the first is the baseline, since a response of the present
     policy stays comparable; only one order is asked, since a liking for A raises all K alike, and so
     leaves their order."""
-    texts = []
+    texts, scores = [], []
     for row, found in zip(rows, candidates):
-        texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
+        if len(found) > 2:  # else there is one pair, and in which order is the same to SPCE
+            texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
     p_a = verdict_probabilities(models.judge, models.tokenizer, *columns(texts), args.micro_batch_size)
     remaining = iter(p_a)
-    return [[1 - next(remaining) for _ in found] for found in candidates]
+    for found in candidates:
+        scores.append([1 - next(remaining) for _ in found] if len(found) > 2 else [0.5] * len(found))
+    return scores
 
 
 def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -332,8 +329,8 @@ def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, mic
     _, a, b = verdict_format(tokenizer)
     questions = encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, context_length(judge))
     with inference(judge) as judge:
-        logits = question_logits(judge, prompts, questions, [a, b], micro_batch_size)  # (N, 2)
-    p_a = logits.float().softmax(-1)[:, 0].tolist()
+        logits = question_logits(judge, prompts, questions, [a, b], micro_batch_size)  # N times (2,)
+    p_a = [row.float().softmax(-1)[0].item() for row in logits]
     if any(map(math.isnan, p_a)):
         raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
     return p_a
@@ -414,9 +411,16 @@ def optimizer_step(models, loss, where, args):
     return grad_norm
 
 
-def number_of_steps(n, size, epochs, most):
-    """The steps of so many passes over n rows, or `most` where that is not -1."""
-    return most if most >= 0 else epochs * math.ceil(n / size)
+def sft_steps(pairs, args):
+    """How many steps SFT makes."""
+    passes = args.sft_num_train_epochs * math.ceil(len(pairs) / args.sft_batch_size)
+    return passes if args.sft_max_steps < 0 else args.sft_max_steps
+
+
+def method_steps(rows, args):
+    """How many steps the method makes."""
+    passes = args.num_train_epochs * math.ceil(len(rows) / args.prompts_per_step)
+    return passes if args.max_steps < 0 else args.max_steps
 
 
 def step_indices(n, size, step, seed):
@@ -465,30 +469,29 @@ def make_pairs(models, rows, method, step, args):
 
 
 def train_step(models, rows, method, step, args):
-    """One step of the paper's Figure 2. Returns each row's candidates, all pairs, and figures."""
+    """One step of the paper's Figure 2. Returns its line of metrics.jsonl."""
     candidates, pairs = in_parallel(make_pairs, models, rows, method, step, args)
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
     method.after_step(models, step, args)
-    return candidates, pairs, figures
+    return {"step": step + 1} | step_figures(models, candidates, pairs, method, args) | figures
 
 
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
-    steps = number_of_steps(len(data.rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
+    steps = method_steps(data.rows, args)
     start_training(models, args.learning_rate, steps, args)
-    add_responses(models, "start", data.held_out + data.ood, args)
-    evaluation = None
+    before, evaluation = answers(models.start, models, data.held_out, 0, args), None
     for step, log in resumable_steps("metrics", steps, models, args):
         indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
-        metrics = measured_step(models, [data.rows[i] for i in indices], method, step, args)
+        metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
         if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-            evaluation = evaluate(models, data.held_out, data.gold, args)
+            evaluation = evaluate(models, data.held_out, before, method.gold, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
         log(metrics)
-    evaluation = evaluation or evaluate(models, data.held_out, data.gold, args)
-    return report(evaluation, models, data, args)
+    evaluation = evaluation or evaluate(models, data.held_out, before, method.gold, args)
+    return report(evaluation, models, data, method.gold, args)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -504,7 +507,7 @@ class Method:
     figures: Callable = lambda pairs, reward_1, reward_2: {}  # what else to log of a step
     after_step: Callable = lambda models, step, args: None
     moves_reference: bool = False  # whether after_step does; the reference is then a model of its own
-    others: Sequence = ()  # (model, tokenizer)s of its own, which must be able to read the prompts
+    gold: Callable | None = None  # prompt, response text -> the true reward, where it is known
     run: Callable = train  # what is done with the models
 
 
@@ -512,15 +515,19 @@ METHODS = {"osp": lambda args: Method()}  # name -> what makes it from the argum
 
 
 def run_method(args) -> dict:
-    """The whole run; returns the figures of its summary. Raises Stop."""
+    """The whole run; returns its summary. Raises Stop."""
     path = newest_start(args)
     policy, tokenizer = load_model(path, args)
-    others = [frozen(args.eval_judge_name_or_path, args)] if args.eval_judge_name_or_path else []
+    named = [*args.matrix_model_names_or_paths, args.eval_judge_name_or_path]
+    others = {name: frozen(name, args) for name in named if name}
     method = METHODS[args.method](args)
-    data = load_data([(policy, tokenizer), *others, *method.others], args)
+    if not args.dataset_name:
+        method = dataclasses.replace(method, gold=gold_reward)
+    data = load_data([(policy, tokenizer), *others.values()], args)
+    print(forecast(policy, data, args))
 
     with output_folder(args):  # all input was checked: from here on files are written
-        models = Models(tokenizer, placed(policy, args))
+        models = Models(tokenizer, placed(policy, args), others=others)
         if data.sft_pairs and path == args.model_name_or_path:  # else the model at `path` is pi_SFT
             supervised_finetune(models, data.sft_pairs, args)
             path = save_sft(models, args)
@@ -528,7 +535,6 @@ def run_method(args) -> dict:
         models.judge = models.reference = models.start
         if method.moves_reference:
             models.reference, _ = frozen(path, args)
-        models.eval_judge = others[0] if others else (models.start, tokenizer)
         return method.run(models, data, method, args)
 
 
@@ -542,7 +548,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: str = "{}"  # more for the chat template, as JSON: {"enable_thinking": false}
+    chat_template_kwargs: json.loads = dataclasses.field(default_factory=dict)  # for the chat template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     save_steps: int = 100  # steps between checkpoints, of SFT and of the method
@@ -577,8 +583,7 @@ def parse_arguments(argv):
     """The command line as Arguments, checked. Raises Stop."""
     own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
     parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
-    source = inspect.getsource(MethodArguments) + inspect.getsource(Arguments)
-    helps = dict(re.findall(r"^    (\w+): .*  # (.+)", source, re.M))
+    helps = dict(re.findall(r"^    (\w+): .*  # (.+)", Path(__file__).read_text("utf-8"), re.M))
     for action in parser._actions:
         action.help = helps.get(action.dest, action.help)
     parser.error = refuse
@@ -593,10 +598,6 @@ def parse_arguments(argv):
         refuse(f"--method is {args.method!r}: it must be one of {', '.join(METHODS)}")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
-    try:
-        dict(json.loads(args.chat_template_kwargs))
-    except (ValueError, TypeError) as error:
-        refuse(f"--chat_template_kwargs is no JSON object ({cause(error)}): write it as in --help")
     model = Path(args.model_name_or_path or "builtin").name
     args.output_dir = Path(args.output_dir or f"runs/{model}-{args.method}-seed{args.seed}")
     return args
@@ -616,37 +617,50 @@ def main(argv: list[str] | None = None) -> dict:
     return summary
 
 
+def forecast(model, data, args):
+    """What a run is going to take, in a line."""
+    size, of_frozen = sum(weight.numel() for weight in model.parameters()), 2 if args.bf16 else 4
+    memory = size * (4 + 4 + 8 + of_frozen) / 1e9
+    steps = method_steps(data.rows, args)
+    responses = steps * args.prompts_per_step * args.num_generations
+    return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
+            f"copy, and more for activations; {sft_steps(data.sft_pairs, args)} steps of SFT, then "
+            f"{steps} steps with {responses} responses")
+
+
 def refuse(sentence):
     """Raises Stop, for a mistake that shows before the first step."""
     raise Stop(sentence + ".")
 
 
 def cause(error):
-    """The first line of a library's message, for a sentence of ours."""
+    """The first line of a library's message."""
     if isinstance(error, StopIteration):
         return "it is empty"
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
 
 
+FROM_HUB = "give a name on the Hub (which needs the network), or a "
+
+
 @contextmanager
-def reading(what, wanted):
-    """Raises Stop where the block cannot read what the user named."""
+def trying(what, advice, code=2):
+    """Raises Stop where the block fails: the libraries raise a dozen kinds of errors."""
     try:
         yield
     except Stop:
         raise
-    except Exception as error:  # the libraries raise a dozen kinds; each is the user's to mend
-        refuse(f"Cannot read {what} ({cause(error.__cause__ or error)}): give a Hub name (needs the "
-               f"network), or {wanted}")
+    except Exception as error:
+        said = cause(error.__cause__ or error)
+        raise Stop(f"Cannot {what} ({said}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
 REPORT = (
     "gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens cut_fraction "
-    "distinct_fraction judge_accuracy judge_calibration_error order_agreement").split()
-STAGES = {"sample": "seconds_sample", "score": "seconds_rank", "strength": "seconds_judge",
-          "reference": "seconds_reference", "update": "seconds_update"}
+    "distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread "
+    "longer_preferred").split()
 
 
 def means(**columns):
@@ -654,158 +668,123 @@ def means(**columns):
     return {name: float(np.mean(np.asarray(values))) for name, values in columns.items() if len(values)}
 
 
-def described(models, responses):
-    """What responses are like; `cut_fraction` is the share that --max_new_tokens cut off."""
-    stops, ids = stop_token_ids(models.policy, models.tokenizer), [tuple(one.ids) for one in responses]
-    return means(response_tokens=[*map(len, ids)], cut_fraction=[one[-1] not in stops for one in ids],
-                 distinct_fraction=[len(set(ids)) / len(ids)])
+def described(models, responses, golds=()):
+    """What responses are like. `cut_fraction` is the share that --max_new_tokens cut off,
+    `distinct_4grams` the share of different ones among all runs of four tokens."""
+    stops, ids = stop_token_ids(models.policy, models.tokenizer), [one.ids for one in responses]
+    grams = [tuple(one[i : i + 4]) for one in ids for i in range(len(one) - 3)]
+    return means(
+        gold_reward=golds, response_tokens=[*map(len, ids)],
+        cut_fraction=[one[-1] not in stops for one in ids],
+        distinct_4grams=[len(set(grams)) / max(1, len(grams))])
 
 
-def add_responses(models, role, rows, args):
-    """Notes on each row the response of this role, "start" or "policy", for evaluation to compare."""
-    ks = [int(role == "policy")]
-    found = respond(getattr(models, role), models.tokenizer, own_share(rows), ks, EVALUATION, args)
-    for row, [response] in zip(rows, collected(found)):
-        setattr(row, role, response)
+def answers(model, models, rows, k, args):
+    """A response to each row, by all processes together; the number k picks its noise."""
+    found = respond(model, models.tokenizer, own_share(rows), [k], EVALUATION, args)
+    return collected([response for [response] in found])
 
 
-def evaluate(models, rows, gold, args):
-    """The policy against pi_SFT, one response to each row; the README says what the figures are."""
-    add_responses(models, "policy", rows, args)
-    own, logps = own_share(rows), []
-    ids = [row.ids for row in own], [row.policy.ids for row in own]
+def evaluate(models, rows, before, gold, args):
+    """The policy against pi_SFT and its responses `before`, one response to each row; the README says
+    what the figures are."""
+    after, logps = answers(models.policy, models, rows, 1, args), []
+    ids = [row.ids for row in own_share(rows)], [response.ids for response in own_share(after)]
     for role in (models.policy, models.start):
         with inference(role, args.bf16) as model:
             logps.append(response_logps(model, *ids, args.micro_batch_size))
-    figures = means(kl=collected((logps[0] - logps[1]).tolist()))
-    if gold:
-        golds = [gold(row.prompt, row.policy.text) for row in rows]
-        gaps = [ours - gold(row.prompt, row.start.text) for row, ours in zip(rows, golds)]
-        wins = (1 + np.sign(gaps)) / 2
-        figures |= means(gold_reward=golds)
-    else:
-        texts = columns([(row.prompt, row.policy.text, row.start.text) for row in own])
-        strengths = preference_strength(*models.eval_judge, *texts, args.micro_batch_size)
-        wins = collected(strengths.tolist())
+    texts = [(row.prompt, one.text, two.text) for row, one, two in zip(rows, after, before)]
+    judge = models.others.get(args.eval_judge_name_or_path, (models.start, models.tokenizer))
+    p_12, p_21 = verdicts_of_all(*judge, texts, args)
+    golds = golds_of(texts, gold)
+    wins = (1 + np.sign(golds[0] - golds[1])) / 2 if gold else averaged_strength(p_12, p_21).tolist()
+    figures = described(models, after, golds[0]) | verdict_figures(texts, p_12, p_21)
+    figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
+    figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
     if len(wins) > 1:
-        figures["win_rate_vs_sft_se"] = np.std(wins) / math.sqrt(len(wins))
-    return figures | means(win_rate_vs_sft=wins) | described(models, [row.policy for row in rows])
+        figures["win_rate_vs_sft_se"] = np.std(wins).item() / math.sqrt(len(wins))
+    return figures | {"examples": texts[:3]}
+
+
+def golds_of(texts, gold):
+    """(prompt, response 1, response 2)s -> (2, P) true rewards, or (2, 0) where they are not known."""
+    golds = [[gold(prompt, response) for response in responses] for prompt, *responses in texts if gold]
+    return np.array(golds).reshape(-1, 2).T
+
+
+def verdicts_of_all(judge, tokenizer, texts, args):
+    """(prompt, response 1, response 2)s -> both orders' Pr(A), (P,) each; the processes divide them."""
+    verdicts = both_orders(judge, tokenizer, *columns(own_share(texts)), args.micro_batch_size)
+    return [torch.tensor(collected(p_a.tolist())) for p_a in verdicts]
+
+
+def verdict_figures(texts, p_12, p_21):
+    """(prompt, response 1, response 2)s and both orders' Pr(A) -> whether it goes by order or length.
+    Pairs of equal verdicts say nothing of order, those of equal length nothing of length."""
+    lean = averaged_strength(p_12, p_21) - 0.5
+    longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
+    return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[p_12 != p_21],
+                 strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
 
 def judge_figures(models, texts, gold, args):
-    """The judge on (prompt, chosen, rejected)s: against the truth if it is known, else the labels."""
-    texts_of_own = columns(own_share(texts))
-    verdicts = both_orders(models.judge, models.tokenizer, *texts_of_own, args.micro_batch_size)
-    p_12, p_21 = [torch.tensor(collected(p_a.tolist())) for p_a in verdicts]
-    truth = torch.tensor([true_strength(*text) for text in texts]) if gold else None
-    return verdict_figures(p_12, p_21, truth) | {"judge_pairs": len(texts)}
+    """The judge on the data's (prompt, chosen, rejected)s: how often it is right, by the truth if it is
+    known, and how much surer it is than right, both by the labels."""
+    lean = averaged_strength(*verdicts_of_all(models.judge, models.tokenizer, texts, args)) - 0.5
+    right = labelled = agreement(lean, torch.ones(()))
+    if gold:
+        chosen, rejected = torch.tensor(golds_of(texts, gold))
+        right = agreement(lean, chosen - rejected)[chosen != rejected]
+    surer = 0.5 + lean.abs() - labelled
+    return means(judge_accuracy=right, judge_overconfidence=surer) | {"judge_pairs": len(texts)}
 
 
-def verdict_figures(p_12, p_21, truth=None):
-    """Both orders' Pr(A) of (chosen, rejected)s, and the true strengths if they are known, (P,) each
-    -> the judge's figures."""
-    strength = averaged_strength(p_12, p_21)
-    if truth is None:
-        right, confidence = same_side(strength, torch.ones(())), torch.maximum(strength, 1 - strength)
-        error = [expected_calibration_error(confidence, right)]
-    else:
-        right, error = same_side(strength, truth)[truth != 0.5], (strength - truth).abs()
-    return means(order_agreement=orders_agree(p_12, p_21), judge_calibration_error=error,
-                 judge_accuracy=right)
-
-
-def orders_agree(p_12, p_21):
-    """1 where both orders name one winner, 0 where not; pairs of equal verdicts are left out."""
-    return same_side(p_12, 1 - p_21)[p_12 != p_21]
-
-
-def same_side(one, two):
-    """(P,), (P,) -> (P,): 1 where both are on one side of 1/2, 0 where not, 1/2 where one is a tie."""
-    return (1 + (one - 0.5).sign() * (two - 0.5).sign()) / 2
-
-
-def expected_calibration_error(confidence, right, bins=10):
-    """(P,) confidences in [1/2, 1], and whether each was right -> the mean gap over bins, by size."""
-    which = ((confidence - 0.5) * 2 * bins).long().clamp(max=bins - 1)
-    return which.bincount(confidence - right).abs().sum().item() / len(confidence)
-
-
-def measured_step(models, rows, method, step, args):
-    """A step, and its line of metrics.jsonl: what was sampled, paired, seen, and each stage's time."""
-    seconds = {}
-    stages = {name: timed(getattr(method, name), seconds, STAGES[name]) for name in STAGES}
-    timed_method = dataclasses.replace(method, **stages)
-    candidates, pairs, figures = train_step(models, rows, timed_method, step, args)
-    return {"step": step + 1} | step_figures(models, candidates, pairs, method, args) | figures | seconds
-
-
-def timed(stage, seconds, name):
-    """A stage that notes its wall time in seconds[name]."""
-    def timed_stage(*args):
-        """The stage, and the time."""
-        start = time.perf_counter()
-        result = stage(*args)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds[name] = time.perf_counter() - start
-        return result
-    return timed_stage
+def agreement(one, two):
+    """(P,), (P,) -> (P,): 1 where both have one sign, 0 where not, 1/2 where one is 0."""
+    return (1 + one.sign() * two.sign()) / 2
 
 
 def step_figures(models, candidates, pairs, method, args):
     """What a step sampled, paired, and saw before its update."""
     kept = [pair for pair in pairs if pair.strength is not None]
     identical = sum(pair.better.ids == pair.worse.ids for pair in pairs)
-    p_12, p_21 = torch.tensor([pair.verdicts for pair in pairs if pair.verdicts]).reshape(-1, 2).T
-    figures = means(order_agreement=orders_agree(p_12, p_21))
-    figures |= described(models, sum(candidates, []))
-    figures |= {"pairs": len(kept), "dropped_identical_pairs": identical,
-                "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
+    figures = described(models, sum(candidates, [])) | {
+        "pairs": len(kept), "dropped_identical_pairs": identical,
+        "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
     if kept:
         losses, reward_1, reward_2 = torch.tensor([pair.seen for pair in kept]).T
-        strength, margin = torch.tensor([pair.strength for pair in kept]), reward_1 - reward_2
-        agree = same_side(torch.sigmoid(margin), strength)
-        figures |= means(loss=losses, strength_mean=strength, margin=margin, margin_accuracy=agree,
-                         kl=(reward_1 + reward_2) / 2 / args.beta)
-        figures["strength_std"] = strength.std(correction=0).item()
+        figures |= means(loss=losses, strength_mean=torch.tensor([pair.strength for pair in kept]),
+                         margin=reward_1 - reward_2, kl=(reward_1 + reward_2) / 2 / args.beta)
         figures |= method.figures(kept, reward_1, reward_2)
     return figures
 
 
 def draw_curves(lines, path):
     """The lines of metrics.jsonl -> curves.png."""
-    from matplotlib.figure import Figure  # here, since it takes a second to load
+    import pandas  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
-    figure = Figure(figsize=(11, 6), layout="constrained")
-    for axes, name in zip(figure.subplots(2, 3).flat, names):
-        points = {line["step"]: line[name] for line in lines if name in line}
-        axes.plot(points.keys(), points.values(), marker=".")
-        axes.set(title=name.replace("_", " "), xlabel="step")
+    curves = pandas.DataFrame(lines, columns=["step", *names], dtype=float).set_index("step")
+    axes = curves.interpolate().plot(subplots=True, layout=(2, 3), figsize=(11, 6), marker=".")
     with written_whole(path) as scratch:
-        figure.savefig(scratch, format="png", dpi=110)
+        axes[0, 0].figure.savefig(scratch, format="png", dpi=110)
 
 
-def report(summary, models, data, args):
+def report(summary, models, data, gold, args):
     """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
     with writing(args.output_dir):
         save_model(models, args.output_dir)
-    starts = [row.start for row in data.held_out]
-    summary |= {name + "_sft": value for name, value in described(models, starts).items()}
     if data.held_out_pairs:
-        summary |= judge_figures(models, data.held_out_pairs, data.gold, args)
-    if data.gold:
-        golds = [data.gold(row.prompt, row.start.text) for row in data.held_out]
-        ood = evaluate(models, data.ood, data.gold, args)
-        ood |= judge_figures(models, data.ood_pairs, data.gold, args)
-        summary |= {"ood_" + name: value for name, value in ood.items()} | means(gold_reward_sft=golds)
+        summary |= judge_figures(models, data.held_out_pairs, gold, args)
+    if data.ood:
+        before = answers(models.start, models, data.ood, 0, args)
+        figures = evaluate(models, data.ood, before, gold, args)
+        summary |= {"ood_" + name: value for name, value in figures.items()}
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
-                "seed": args.seed, "self_judged": not (data.gold or args.eval_judge_name_or_path)}
+                "seed": args.seed, "self_judged": not (gold or args.eval_judge_name_or_path)}
     if RANK == 0:
         draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
     finish(summary, args)
-    for row in data.held_out[:3]:
-        print(f"{transcript(row.prompt)}\n  SFT: {row.start.text}\n  policy: {row.policy.text}\n")
     return summary
 
 
@@ -821,9 +800,11 @@ def show(summary, args):
     """Prints the result of a run."""
     if args.method == "collect":
         print(f"{summary}\nTo train on the labels: --dataset_name {args.output_dir}/preferences.jsonl")
-    else:
-        print(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
-              "metrics.jsonl, summary.json and curves.png.\n")
+        return
+    for prompt, after, before in summary["examples"]:
+        print(f"\n{transcript(prompt)}\n  SFT: {before}\n  policy: {after}")
+    print(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
+          "metrics.jsonl, summary.json and curves.png.\n")
 
 
 def report_table(summary, method):
@@ -834,16 +815,30 @@ def report_table(summary, method):
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    chance = 0.5 + 1 / math.sqrt(summary.get("judge_pairs", 1))  # two standard errors above 1/2
-    if summary.get("judge_accuracy", 2.0) < chance:
-        table += "Warning: the judge is no better than chance. Take more SFT, pairs, or another model.\n"
-    if summary.get("order_agreement", 1.0) < 2 / 3:
-        table += "Warning: the judge's two orders disagree: it goes by position. Take a better judge.\n"
-    if summary.get("judge_calibration_error", 0.0) > 0.15:
-        table += "Warning: the judge's strengths are far off. Try other --sft_num_train_epochs.\n"
-    if summary["cut_fraction"] > 0.5:
-        table += "Warning: over half of the responses were cut off. Raise --max_new_tokens.\n"
-    return table
+    return table + "".join(f"Warning: {warning}\n" for warning in warnings(summary))
+
+
+def warnings(summary):
+    """What is wrong with a run by its figures, and what to try."""
+    at = Counter(summary)  # what is missing is 0
+    growth = at["response_tokens"] / max(at["response_tokens_sft"], 1)
+    chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
+    found = {
+        "the judge is no better than chance. Take more SFT, more pairs, or another model.":
+            at["judge_pairs"] and at["judge_accuracy"] < chance,
+        "the judge's strengths are far off. Try other --sft_num_train_epochs, or more pairs.":
+            at["judge_overconfidence"] > 0.15,
+        "the judge's two orders disagree: it goes by position. Take more SFT, or a better judge.":
+            at["order_agreement"] < 2 / 3,
+        "the strengths hardly differ from 1/2, so there is little to learn. Take a better judge.":
+            at["strength_spread"] < 0.02,
+        "responses grow, and the judge prefers the longer ones. Take a better judge, or fewer steps.":
+            growth > 1.2 and at["longer_preferred"] > 2 / 3,
+        "responses have become alike. Raise --beta, or take fewer steps.":
+            at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
+        "over half of the responses were cut off. Raise --max_new_tokens.":
+            at["cut_fraction"] > 0.5}
+    return [warning for warning, holds in found.items() if holds]
 
 
 # 14. The folder of a run --------------------------------------------------------------------------
@@ -892,16 +887,10 @@ def output_folder(args):
         yield
 
 
-@contextmanager
 def writing(path):
     """Raises Stop where what the block writes to `path` cannot be written."""
-    try:
-        yield
-    except Stop:
-        raise
-    except Exception as error:  # each library has a kind of its own for a full disk
-        raise Stop(f"Cannot write {str(path)!r} ({cause(error)}): make room and give the same command "
-                   "again, or another --output_dir.", code=1) from error
+    advice = "make room and give the same command again, or another --output_dir"
+    return trying(f"write {str(path)!r}", advice, code=1)
 
 
 @contextmanager
@@ -965,11 +954,8 @@ def load_checkpoint(models, path):
     """All as it was at the checkpoint; returns the steps done, 0 without one. Raises Stop."""
     if not path.exists():
         return 0
-    try:
+    with trying(f"read the checkpoint {path}", "remove it, and the same command starts this phase anew"):
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # torch raises several kinds
-        refuse(f"The checkpoint {path} is damaged ({cause(error)}): remove it, and the same command "
-               "starts this phase anew")
     whole_state("set_model_state_dict", models.policy, state["policy"])
     if "optimizer" in state:
         whole_state("set_optimizer_state_dict", models.policy, models.optimizer, state["optimizer"])
@@ -1007,6 +993,7 @@ def resumable_steps(name, steps, models, args):
 # Each makes the pairs of its own prompts. All then get all pairs, and divide the update among them.
 LAUNCHED = "MASTER_ADDR" in os.environ  # torchrun sets it, and these
 RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else (0, 1)
+progress = functools.partial(tqdm, leave=False, delay=3, disable=RANK > 0)  # of what may take long
 
 
 def start_process():
@@ -1049,7 +1036,7 @@ def accumulate_gradients(model, losses_of, items, total, size, args):
     FSDP averages the gradients of processes where the loss wants their sum, hence WORLD. All processes
     make equally many sharded passes: one that has fewer micro-batches repeats one with weight 0."""
     parts, rows = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))), []
-    model.train()
+    model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
     for i in range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             losses, seen = losses_of(parts[i % len(parts)])
@@ -1093,105 +1080,85 @@ def inference(model, bf16=False):
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
     with torch.no_grad():
-        yield model.eval() if units or not bf16 else bf16_copy(model)
+        yield bf16_copy(model.eval()) if bf16 and not units else model.eval()
     for unit in units:
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
 
 
 def bf16_copy(model):
-    """A frozen copy in bf16, made without one in fp32; buffers, as rotary frequencies, stay fp32."""
-    if model.dtype == torch.bfloat16:
-        return model.eval()
+    """A frozen copy in bf16, without one in fp32 on the way. Buffers, as of rotation, stay fp32."""
     copies = {id(one): nn.Parameter(one.detach().bfloat16(), False) for one in model.parameters()}
-    return copy.deepcopy(model, copies).eval()
+    return copy.deepcopy(model, copies)
 
 
 # 16. Models and batches ---------------------------------------------------------------------------
 SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fit than in an update
 
 
-def checked_model(model, tokenizer, name, keys):
-    """The model without dropout, so that pi_theta and pi_SFT are one function at first. `keys` are those
-    that from_pretrained missed. Raises Stop for what is not whole, no causal language model, or noisy,
-    and for a tokenizer that does not fit."""
-    embedded = model.get_input_embeddings().num_embeddings
+def checked_model(model, tokenizer, keys, args):
+    """A model that this program can use. `keys` are those that from_pretrained missed. Raises Stop."""
+    name, embedded = model.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
     if len(tokenizer) > embedded:
         refuse(f"{name!r} has a tokenizer of {len(tokenizer)} tokens, but embeds only {embedded}")
-    model.words = max(tokenizer.get_vocab().values()) + 1
-    missing, broken = sorted(keys["missing_keys"])[:5], []
-    if missing:
-        refuse(f"{name!r} lacks weights, such as {', '.join(missing)}: take a whole model")
+    if keys["missing_keys"]:
+        refuse(f"{name!r} lacks weights, such as {min(keys['missing_keys'])}: take a whole model")
     if keys["unexpected_keys"]:
-        print(f"Warning: weights of {name!r} match nothing: {sorted(keys['unexpected_keys'])[:5]}")
+        print(f"Warning: weights of {name!r} match nothing, such as {min(keys['unexpected_keys'])}")
     for key, weight in model.named_parameters():
         if not weight.isfinite().all():
-            broken.append(key)
-    if broken:
-        refuse(f"{name!r} has weights that are not finite numbers (NaN), such as {broken[0]}")
-    for module in model.modules():
-        for key, value in vars(module).items():
-            is_rate = "drop" in key or key == "p" and isinstance(module, nn.Dropout)
-            if is_rate and isinstance(value, float):
-                setattr(module, key, 0.0)
-    with torch.no_grad():
-        one, two = model(input_ids=torch.tensor([[1, 2], [1, 3]])).logits
-        noisy = model.train()(input_ids=torch.tensor([[1, 2]])).logits[0]
-    if not torch.allclose(one[0], two[0], atol=1e-4):
-        refuse(f"{name!r} is not a causal language model: its first position sees the second token")
-    if not torch.allclose(one, noisy, atol=1e-2):
-        refuse(f"{name!r} draws noise while it is trained, as by dropout or jitter: set that to 0 in "
-               "its config.json")
-    check_passes(model.eval(), name)
+            refuse(f"{name!r} has weights that are not finite numbers (NaN), such as {key}")
+    model.words = max(tokenizer.get_vocab().values()) + 1
+    check_passes(model, args.gradient_checkpointing)
+    tokenizer.apply_chat_template = functools.partial(
+        tokenizer.apply_chat_template, strftime_now=fixed_date, **args.chat_template_kwargs)
     return model
 
 
-def shares_prompts(model):
-    """Whether the model's keys and values may be shared; check_passes finds it out."""
-    return getattr(model, "shares_prompts", True)
+# What check_passes may change of a model: whether its keys and values can be shared, and how many words
+# its tokenizer has.
+transformers.PreTrainedModel.shares_prompts, transformers.PreTrainedModel.words = True, None
 
 
-def check_passes(model, name):
-    """Compares batches, shared prompts and sampling with plain passes of single sequences. Where
-    sharing is wrong or impossible, as with recurrent layers, it is given up. Raises Stop if that does
-    not help."""
+def check_passes(model, training):
+    """Compares the program's passes with plain ones of single sequences. Where prompts cannot be shared,
+    as with recurrent layers, sharing is given up. Raises Stop if that does not help."""
     close = 1e-3 if model.dtype == torch.float32 else 0.5
     for model.shares_prompts in (True, False):
         try:
-            worst = passes_differ(model)
+            gaps = passes_differ(model.train(training))
         except Exception as error:  # each family has a kind of its own
-            worst = f"the error {cause(error)!r}"
-        if type(worst) is float and worst < close:
+            gaps = f"the error {cause(error)!r}"
+        if isinstance(gaps, dict) and max(gaps.values()) < close:
             break
     else:
-        refuse(f"{name!r} cannot be used: with a cache, or in batches, its log-probabilities differ "
-               f"from those of single sequences by {worst}")
+        refuse(f"{model.name_or_path!r} cannot be used: by dropout, noise, or for lack of a cache, its "
+               f"logits differ from those of its own passes over single sequences: {gaps}")
     if not model.shares_prompts:
-        print(f"{name!r} cannot share the cache of a prompt: it takes plain passes, which are slower")
+        print(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes, which are slower")
 
 
 @torch.no_grad()
 def passes_differ(model):
-    """The largest difference of log-probabilities and verdicts; infinite if a sample differs."""
-    prompts, responses = [[2, 3, 4, 5, 6, 4], [3, 4]], [[5, 6, 4], [4, 3, 2, 6, 5]]
-    noise = torch.linspace(0.1, 0.9, 12, dtype=torch.float64).reshape(2, 6)
-    wholes, gaps = [one + two for one, two in zip(prompts, responses)], []
-    logps, sampled = response_logps(model, prompts, responses), sample(model, prompts, noise, 1.0, [-1])
-    verdicts = question_logits(model, "ab", wholes, [2, 3], 2)
-    for i, (drawn, response) in enumerate(zip(prompts, responses)):
-        alone = model(input_ids=torch.tensor([wholes[i]])).logits[0].float()
-        steps = alone.log_softmax(-1)[len(drawn) - 1 : -1]
-        gaps += [logps[i] - steps[range(len(response)), response].sum()]
-        gaps += verdicts[i] - alone[-1, [2, 3]]
-        for uniform in noise[i]:
-            logits = model(input_ids=torch.tensor([drawn])).logits[0, -1].float()
-            cdf = logits[: getattr(model, "words", None)].softmax(-1).double().cumsum(-1)
-            drawn = [*drawn, torch.searchsorted(cdf, uniform * cdf[-1], right=True).item()]
-        if drawn[-6:] != sampled[i] and model.dtype == torch.float32:  # bf16 may round to another one
-            return math.inf
-    return max(abs(gap.item()) for gap in gaps)
+    """How far the logits of batches, and those that sampling sees, are from plain passes at most."""
+    prompts, responses = [[2, 3, 4, 5, 6, 4], [3, 4]], [[5, 6, 4, 2, 3], [4, 3, 2]]
+    ids, mask = padded([[], []], responses, model.device)
+    batch = response_logits(model, prompts, responses, model.shares_prompts)
+    cache, logits, seen = prefill(model, prompts)
+    steps = [logits]
+    for t in range(ids.shape[1] - 1):
+        seen = torch.cat([seen, mask[:, t : t + 1]], 1)
+        steps.append(forward(model, ids[:, t : t + 1], seen, 1, cache)[:, -1])
+    found, gaps = {"in batches": batch, "in sampling": torch.stack(steps, 1)}, Counter()
+    model.eval()
+    for i, (prompt, response) in enumerate(zip(prompts, responses)):
+        plain = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
+        for name, logits in found.items():
+            gap = (logits[i, : len(response)] - plain).abs().nan_to_num(math.inf).max().item()
+            gaps[name] = max(gaps[name], gap)
+    return dict(gaps)
 
 
 def stop_token_ids(model, tokenizer):
@@ -1220,11 +1187,11 @@ def prefill(model, prompt_ids):
     prompts are computed once; all responses to one send their gradients through that computation."""
     distinct = {}  # prompt -> its row
     rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
-    prompts = list(distinct) if shares_prompts(model) else prompt_ids
+    prompts = list(distinct) if model.shares_prompts else prompt_ids
     ids, mask = padded(prompts, [[]] * len(prompts), model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
-    if not shares_prompts(model):
+    if not model.shares_prompts:
         return cache, logits, mask
     rows = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
@@ -1246,28 +1213,27 @@ def response_logits(model, prompt_ids, response_ids, share):
 
 
 def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
-    """N questions as ids -> (N, 2) logits of the two verdicts at their ends. Equal questions are asked
-    once, and the head that a prompt's questions share is computed once: else judging takes twice as
-    long."""
+    """N questions as ids -> the logits (2,) of the two verdicts at the end of each. Equal questions are
+    asked once, and the head that a prompt's questions share is computed once: it halves the time."""
     of_prompt, rows, found = {}, [], {}
     for prompt, ids in zip(prompts, questions):
         of_prompt.setdefault(transcript(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
         shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail of one or more
-        shared *= shares_prompts(judge)
+        shared *= judge.shares_prompts
         rows += [(ids[:shared], ids[shared:]) for ids in group]
-    for part in chunks(sorted(rows, key=lambda row: (len(row[0]), row)), micro_batch_size):
+    rows.sort(key=lambda row: (len(row[0]), row))
+    for part in progress(chunks(rows, micro_batch_size), "judging"):
         heads, tails = zip(*part)
         ids, mask = padded([[]] * len(part), tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
-        if shares_prompts(judge) and heads[-1]:
+        if judge.shares_prompts and heads[-1]:
             cache, _, head_mask = prefill(judge, heads)
             mask = torch.cat([head_mask, mask], 1)
         kept, column = ends.unique(return_inverse=True)
         logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column][:, verdicts]
         found |= {head + tail: row for (head, tail), row in zip(part, logits)}
-    none = torch.zeros(0, 2, device=judge.device)
-    return torch.cat([none] + [found[tuple(ids)][None] for ids in questions])
+    return [found[tuple(ids)] for ids in questions]
 
 
 def respond(model, tokenizer, rows, ks, step, args, source="policy"):
@@ -1277,7 +1243,7 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     asked = [(prompt, sampling_noise(args.seed, step, row.index, k, args.max_new_tokens))
              for row, prompt in zip(rows, prompts) for k in ks]
     with inference(model, args.bf16) as model:
-        for part in chunks(asked, SAMPLING_BATCH_SIZE):
+        for part in progress(chunks(asked, SAMPLING_BATCH_SIZE), "sampling"):
             some, noise = zip(*part)
             ids += sample(model, some, torch.tensor(np.array(noise)), args.temperature, stops)
     texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
@@ -1346,17 +1312,18 @@ def template_habits(tokenizer):
             break
     else:
         refuse("The chat template leaves out the prompt: take another chat_template for the model")
-    whole = rendered(tokenizer, messages, as_parts)
-    dates = [time.strftime(form) for form in ("%d %b %Y", "%d %B %Y", "%B %d, %Y", "%Y-%m-%d")]
-    if any(date in opened for date in dates):
-        print("The chat template writes today's date: on another day a run goes on with other prompts.")
-    stripped = opened.rstrip()
+    whole, stripped = rendered(tokenizer, messages, as_parts), opened.rstrip()
     if not whole.startswith(stripped):
         refuse(f"The chat template opens an answer with {opened[-20:]!r}, but not one that is given: if "
                "it is thinking, give --chat_template_kwargs '{\"enable_thinking\": false}'")
     opening = whole[len(opened) : whole.index("answer", len(stripped))]
-    blanks = len(opened + opening) - len((opened + opening).rstrip(" "))
-    return as_parts, opening, " " * blanks
+    head = opened + opening
+    return as_parts, opening, " " * (len(head) - len(head.rstrip(" ")))
+
+
+def fixed_date(form):
+    """The date for a chat template that writes it: a run goes on with the same prompts another day."""
+    return time.strftime(form, (2026, 1, 1, 0, 0, 0, 3, 1, 0))
 
 
 def framed(tokenizer, prompt):
@@ -1428,67 +1395,63 @@ COLUMNS = set("prompt question system chosen rejected info summaries choice".spl
 
 
 # What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
-# prompts are disjoint. The built-in task alone has out-of-domain ones, and gold: the true reward.
-Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood ood_pairs gold")
+# prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
+Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
 
 
 def load_data(readers, args):
     """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
     Without a split to measure on, a tenth of the prompts is held out. Raises Stop."""
-    builtin, tokenizer, measured = args.dataset_name is None, readers[0][1], []
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
-    train = take_split(splits, args.dataset_train_split, "dataset_train_split")
-    train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
-    sft = args.sft and hold_pairs(train.column_names)
-    wanted = max(sft * args.sft_max_steps * args.sft_batch_size, 4 * args.num_train_prompts)
-    if sft and args.sft_max_steps < 0:
-        wanted = len(train)
+    train, (_, tokenizer) = take_split(splits, args.dataset_train_split), readers[0]
+    sft, wanted = args.sft and hold_pairs(train.column_names), 4 * args.num_train_prompts
+    if sft:
+        all_steps = args.sft_max_steps * args.sft_batch_size
+        wanted = max(wanted, all_steps if all_steps >= 0 else len(train))
     enough = wanted + max(args.num_eval_prompts, args.num_eval_pairs)
-    names, test = set(train.column_names), args.dataset_test_split
-    print("columns read:", *sorted(names & COLUMNS), "- ignored:", *sorted(names - COLUMNS))
+    train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
     rows = usable_rows(train, unfit, enough, "training")
-    print("the first row:", *[f"\n  {str(part)[:90]!r}" for part in rows[0]])
+    test = args.dataset_test_split
     if test is None and "test" in splits and args.dataset_train_split != "test":
         test = "test"
     if test:
-        held_out = usable_rows(take_split(splits, test, "dataset_test_split"), unfit, -1, "held-out")
+        held_out = usable_rows(take_split(splits, test), unfit, -1, "held-out")
     else:
         prompts = list(dict.fromkeys(transcript(row[0]) for row in rows))
         some = prompts[: min(args.num_eval_prompts, max(1, len(prompts) // 10))]
         held_out = [row for row in rows if transcript(row[0]) in some]
-    ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if builtin else []
-    for part in (held_out, ood):
-        pairs = [row for row in part[: args.num_eval_pairs] if len(row) > 1]
-        measured += [distinct_prompts(tokenizer, part, args.num_eval_prompts), pairs]
+    ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if "ood" in splits else []
     prompts = {transcript(row[0]) for row in held_out}
     kept = [row for row in rows if transcript(row[0]) not in prompts][:wanted]
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
-    print(f"{len(kept)} rows to train on, of {len(train)}; SFT: {sft}")
-    rows = distinct_prompts(tokenizer, kept, args.num_train_prompts)
-    return Data(kept if sft else [], rows, *measured, gold_reward if builtin else None)
+    print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
+    distinct, few = functools.partial(distinct_prompts, tokenizer), args.num_eval_prompts
+    held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
+    return Data(kept if sft else [], distinct(kept, args.num_train_prompts), distinct(held_out, few),
+                held_out_pairs, distinct(ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
     """Why a row cannot be used by these (model, tokenizer)s; None if it can."""
-    limit, questions = min(context_length(model) for model, _ in readers), []
-    try:
-        for _, tokenizer in readers:
+    for model, tokenizer in readers:
+        try:
             framed(tokenizer, prompt)
-            questions += encode_questions(tokenizer, [prompt], [""], [""])
-    except (jinja2.TemplateError, TypeError):
-        return "the chat template refuses it"
-    if max(map(len, questions)) + 2 * new_tokens > limit:
-        return f"too long for {limit} tokens with two responses of --max_new_tokens"
+            [question] = encode_questions(tokenizer, [prompt], [""], [""])
+        except (jinja2.TemplateError, TypeError):
+            return "the chat template refuses it"
+        limit = context_length(model)
+        if len(question) + 2 * new_tokens > limit:
+            return f"too long for {limit} tokens with two responses of --max_new_tokens"
 
 
 def usable_rows(raws, unfit, wanted, name):
-    """The first `wanted` usable rows (-1: all); says how many are not, and why. Raises Stop."""
+    """The first `wanted` usable rows (-1: all); says what is read and what dropped. Raises Stop."""
     kept, dropped = [], Counter()
-    used = [name for name in raws.column_names if name in COLUMNS]
-    with reading(f"the {name} rows", "data as UTF-8 text"):
-        for row in map(parse_row, raws.select_columns(used)):
+    used = sorted(COLUMNS & set(raws.column_names))
+    with trying(f"read the {name} rows", "give the data as UTF-8 text"):
+        for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
             if reason:
                 dropped[reason] += 1
@@ -1496,11 +1459,10 @@ def usable_rows(raws, unfit, wanted, name):
                 kept.append(row)
             if len(kept) == wanted:
                 break
-    reasons = ", ".join(f"{n} dropped: {reason}" for reason, n in dropped.most_common())
+    reasons = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
+    print(f"{name} rows: {len(kept)} of the columns {', '.join(used)}{reasons}")
     if not kept:
-        refuse(f"No {name} row is left ({reasons or 'no other row'}) of the columns {', '.join(used)}")
-    if dropped:
-        print(f"{name} rows: {reasons}")
+        refuse(f"Of the columns {', '.join(used)} no {name} row is left{reasons}")
     return kept
 
 
@@ -1517,21 +1479,12 @@ def distinct_prompts(tokenizer, rows, most):
     return list(found.values())
 
 
-def load_preferences(name_or_path, split="train"):
-    """Data in any known format -> rows of `prompt` (text or messages) and, if it has them, `chosen` and
-    `rejected` (text). Takes a Hub name, a file of `datasets`' formats, a save_to_disk folder, or None
-    for the built-in task. Raises Stop where nothing can be used."""
-    raws = take_split(read_dataset(name_or_path), split, "split")
-    rows = usable_rows(raws, lambda *_: None, -1, split)
-    return [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
-
-
 def read_dataset(name, config=None, data_dir=None):
     """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
     if name is None:
         return builtin_preferences()
     path = Path(name)
-    with reading(f"the data set {name!r}", "a file such as .jsonl, .csv, .parquet, or a folder of them"):
+    with trying(f"read the data set {name!r}", FROM_HUB + "file such as .jsonl, or a folder of them"):
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             data = datasets.load_from_disk(name)
         elif path.suffix and not path.is_dir():
@@ -1542,18 +1495,15 @@ def read_dataset(name, config=None, data_dir=None):
     return data if isinstance(data, dict) else {"train": data}
 
 
-def take_split(splits, split, option):
+def take_split(splits, split):
     """The rows of a split. Raises Stop if it is missing, or if its columns fit no format."""
     if split not in splits:
-        refuse(f"There is no split {split!r}: give --{option} one of {', '.join(map(str, splits))}")
-    names = splits[split].column_names
-    if not ({"prompt", "question"} & set(names) or hold_pairs(names)):
+        refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
+               f"{', '.join(map(str, splits))}")
+    names = set(splits[split].column_names)
+    if not ({"prompt", "question"} & names or hold_pairs(names)):
         refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
                "and those of a better and a worse response, if any, to chosen and rejected")
-    for name in {"prompt", "question", "chosen", "rejected"} & set(names):
-        kind = getattr(splits[split].features[name], "dtype", "string")
-        if "string" not in kind and kind not in ("list", "null"):
-            refuse(f"The column {name} holds no text, but the type {kind}: give it as text, in Parquet")
     return splits[split]
 
 
@@ -1566,17 +1516,28 @@ def parse_row(raw):
     """A raw row of any known format -> (prompt, chosen, rejected) or (prompt,); or why it is dropped."""
     try:
         if "summaries" in raw:
-            return checked(*parse_tldr(raw["info"], raw["summaries"], raw["choice"]))
-        prompt = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw]
-        if raw.get("system") and prompt:
-            prompt = [[{"role": "system", "content": raw["system"]}, *as_messages(prompt[0])]]
+            raw = parse_tldr(**raw)
+        for name in ("prompt", "question", "chosen", "rejected"):
+            if not isinstance(raw.get(name), str | list | None):
+                raise ValueError(f"{name} is no text, but of the type {type(raw[name]).__name__}")
+        row = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw][:1]
+        if raw.get("system"):
+            row = [[{"role": "system", "content": raw["system"]}, *as_messages(one)] for one in row]
         if "chosen" in raw and "rejected" in raw:
-            return checked(*parse_pair(prompt, cleaned(raw["chosen"]), cleaned(raw["rejected"])))
-        return checked(*prompt)
+            row = parse_pair(row, cleaned(raw["chosen"]), cleaned(raw["rejected"]))
+        prompt, *responses = [cleaned(part) for part in row]
     except ValueError as reason:
         return str(reason)
     except (LookupError, TypeError, AttributeError):
         return "not in the format of the data's columns"
+    if isinstance(prompt, list) and prompt[-1]["role"] != "user":
+        return "the prompt does not end with a user's message"
+    responses = [response.strip() for response in responses]
+    if any(map(HH_TURN.search, responses)):
+        return "a role marker inside a response"
+    if len(set(responses)) < len(responses):
+        return "identical responses"
+    return prompt, *responses
 
 
 def cleaned(value):
@@ -1591,26 +1552,14 @@ def cleaned(value):
     return value.rstrip()
 
 
-def checked(prompt, *responses):
-    """A prompt, and chosen and rejected, if any -> the same, stripped. Raises ValueError, which says why
-    the row is dropped."""
-    responses = [cleaned(response).strip() for response in responses]
-    if isinstance(prompt, list) and prompt[-1]["role"] != "user":
-        raise ValueError("the prompt does not end with a user's message")
-    if any(map(HH_TURN.search, responses)):
-        raise ValueError("a role marker inside a response")
-    if len(set(responses)) < len(responses):
-        raise ValueError("identical responses")
-    return (cleaned(prompt), *responses)
-
-
 def parse_tldr(info, summaries, choice):
     """{"post", "title", "subreddit"}, [{"text"}, {"text"}], 0 or 1; rows of CNN/DM have no post."""
     if not info.get("post"):
         raise ValueError("not a TL;DR post")
     post = info["post"].strip()
     prompt = f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {post}\nTL;DR:"
-    return prompt, summaries[choice]["text"], summaries[1 - choice]["text"]
+    chosen, rejected = summaries[choice]["text"], summaries[1 - choice]["text"]
+    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
 
 
 def parse_pair(prompts, chosen, rejected):
@@ -1619,8 +1568,8 @@ def parse_pair(prompts, chosen, rejected):
     if isinstance(chosen, str):
         if prompts:
             return *prompts, chosen, rejected
-        shared, marker = os.path.commonprefix([chosen, rejected]), "\n\nAssistant:"
-        end = shared.rfind(marker) + len(marker) if marker in shared else 0  # the LAST that both share
+        shared = os.path.commonprefix([chosen, rejected])
+        end = sum(map(len, shared.rpartition("\n\nAssistant:")[:2]))  # of the LAST that both share
         return shared[:end], chosen[end:], rejected[end:]
     shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
     answers = chosen[len(shared):] + rejected[len(shared):]
@@ -1743,30 +1692,27 @@ HUMAN = ("chosen by a human", "rejected by a human")  # sources of the data's ow
 
 def tso(args):
     """Self-Training with Scaled Preference Optimization. Its parts are published, the formulas ours."""
-    matrix = model_matrix(["policy", "reference", "start"], args, with_human=True)
     return Method(
-        **matrix, strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
+        sample=model_matrix(["policy", "reference", "start"], args, with_human=True),
+        strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
         figures=functools.partial(tso_figures, clip=args.dual_clip),
         after_step=move_reference, moves_reference=True)
 
 
 def model_matrix(roles, args, with_human):
-    """The stage `sample` of a Method, and its `others`: sample_matrix with these roles and
-    --matrix_model_names_or_paths. Raises Stop."""
-    others = [frozen(name, args) for name in args.matrix_model_names_or_paths]
-    size = len(roles) + len(others)
+    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises Stop."""
+    size = len(roles) + len(args.matrix_model_names_or_paths)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
-    sample_stage = functools.partial(sample_matrix, roles=roles, others=others, with_human=with_human)
-    return {"sample": sample_stage, "others": others}
+    return functools.partial(sample_matrix, roles=roles, with_human=with_human)
 
 
-def sample_matrix(models, rows, step, args, roles, others, with_human):
+def sample_matrix(models, rows, step, args, roles, with_human):
     """Each row's candidates: the models respond in turn; then come a human's chosen and rejected
     response, if the row has any. Source: TSO for the matrix and human responses. Reconstruction: its
     members, in equal shares of K."""
     members = {role: (getattr(models, role), models.tokenizer) for role in roles}
-    members |= zip(args.matrix_model_names_or_paths, others)
+    members |= {name: models.others[name] for name in args.matrix_model_names_or_paths}
     candidates = [[] for _ in rows]
     for i, (source, (model, tokenizer)) in enumerate(members.items()):
         ks = range(i, args.num_generations, len(members))
@@ -1813,7 +1759,7 @@ def tso_figures(pairs, reward_1, reward_2, clip):
     winner, loser = winner_and_loser(reward_1, reward_2, label)
     judged = averaged_strength(*torch.tensor([pair.verdicts for pair in pairs]).T)
     return means(winners_clipped=winner > clip, losers_clipped=loser < -clip) | {
-        "overruled_verdicts": sum(same_side(judged, label) < 0.5).item()}
+        "overruled_verdicts": sum(agreement(judged - 0.5, label - 0.5) < 0.5).item()}
 
 
 def move_reference(models, step, args):
@@ -1824,15 +1770,11 @@ def move_reference(models, step, args):
 
 
 # 21. Preference data collection: after arXiv 2406.16486, its steps reconstructed ------------------
-# Two Candidates of a Row that a human compares, the judge's p(one > two), and how alike their words are.
-Question = namedtuple("Question", "row one two p alike")
-
-
 def collecting(args):
     """The stages of training, of which the first four are run once."""
     if WORLD > 1:
         refuse("--method collect asks one human: run it in one process")
-    return Method(**model_matrix(["start"], args, with_human=False), run=collect)
+    return Method(sample=model_matrix(["start"], args, with_human=False), run=collect)
 
 
 METHODS |= {"tso": tso, "collect": collecting}
@@ -1843,13 +1785,11 @@ def collect(models, data, method, args):
     returns what each step left. Source: the paper for the steps. Reconstruction: how."""
     candidates, pairs = make_pairs(models, data.rows, method, 0, args)
     kept = widest_spreads(candidates, args.keep_prompts)
-    pairs = [pair for pair in sum(pairs, []) if pair.row.index in kept]
-    questions, counts = worth_asking(pairs, args)
+    questions, counts = worth_asking(sum([pairs[i] for i in sorted(kept)], []), args)
     if not questions:
         refuse("No pair is left to ask about: take more prompts, wider bounds, another --output_dir")
-    labels = ask_human(questions, data.gold, args)
-    counts = {"prompts": len(candidates), "prompts_kept": len(kept)} | counts
-    counts |= {"labels": labels, "labels_wanted": args.num_labels}
+    counts = {"prompts": len(candidates), "prompts_kept": len(kept)} | counts | {
+        "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
     finish(counts, args)
     return counts
 
@@ -1863,78 +1803,76 @@ def widest_spreads(candidates, share):
 def worth_asking(pairs, args):
     """Step 3, filter (step 2, responses, is the stage `sample`): no texts that are alike; no near tie,
     where a human would toss a coin; no landslide, which the judge knows; of a prompt the least alike.
-    Returns the questions, with the responses in random order, and how many each filter left."""
-    rng, counts, questions, turns = np.random.default_rng(args.seed), Counter(), [], Counter()
+    Returns the pairs to ask about, each in random order, and how many each filter left."""
+    rng, turns, order = np.random.default_rng(args.seed), Counter(), []
     for pair in pairs:
-        one, two, p = pair.better, pair.worse, 0.5 if pair.strength is None else pair.strength
+        pair.strength = 0.5 if pair.strength is None else pair.strength
         if rng.random() < 0.5:
-            one, two, p = two, one, 1 - p
-        row = {"prompt": pair.row.prompt, "chosen": one.text, "rejected": two.text}
-        alike = difflib.SequenceMatcher(None, one.text.split(), two.text.split()).ratio()
-        filters = {
-            "pairs": True,
-            "usable": isinstance(parse_row(row), tuple),  # to train on
-            "not_alike": alike <= args.max_similarity,
-            "no_tie": max(p, 1 - p) >= args.min_strength,
-            "no_landslide": max(p, 1 - p) <= args.max_strength}
-        passed = list(itertools.takewhile(filters.get, filters))
-        counts.update(passed)
-        if len(passed) == len(filters):
-            questions.append(Question(pair.row, one, two, p, alike))
-    order = []
-    for question in sorted(questions, key=lambda question: question.alike):
-        order.append((turns[question.row.index], question))
-        turns[question.row.index] += 1
-    order = sorted(order, key=lambda turn_and_question: turn_and_question[0])
-    questions = [question for turn, question in order if turn < args.pairs_per_prompt]
-    return questions, counts | {"questions": len(questions)}
+            pair.better, pair.worse, pair.strength = pair.worse, pair.better, 1 - pair.strength
+    left = {"pairs": pairs}
+    left["usable"] = [pair for pair in pairs if isinstance(parse_row(preference(pair, "1")), tuple)]
+    left["not_alike"] = [pair for pair in left["usable"] if alike(pair) <= args.max_similarity]
+    left["no_tie"] = [pair for pair in left["not_alike"] if sureness(pair) >= args.min_strength]
+    left["no_landslide"] = [pair for pair in left["no_tie"] if sureness(pair) <= args.max_strength]
+    for pair in sorted(left["no_landslide"], key=alike):
+        order.append((turns[pair.row.index], pair))
+        turns[pair.row.index] += 1
+    order.sort(key=lambda turn_and_pair: turn_and_pair[0])  # first one question of each prompt
+    left["questions"] = [pair for turn, pair in order if turn < args.pairs_per_prompt]
+    return left["questions"], {name: len(found) for name, found in left.items()}
 
 
-def ask_human(questions, gold, args):
+def alike(pair):
+    """How alike the words of a pair's texts are, from 0 to 1."""
+    return difflib.SequenceMatcher(None, pair.better.text.split(), pair.worse.text.split()).ratio()
+
+
+def sureness(pair):
+    """The judge's probability of the response that it prefers."""
+    return max(pair.strength, 1 - pair.strength)
+
+
+def ask_human(questions, args):
     """Step 4, labels: asks on the standard input until there are num_labels, and returns how many there
     are. Each answer is a line of preferences.jsonl before the next question; a skipped question's line
     has no responses. On the built-in task the truth answers."""
     path = args.output_dir / "preferences.jsonl"
     lines = path.read_text("utf-8").splitlines() if path.exists() else []
     labels = len(lines) - sum('"chosen": null' in line for line in lines)
-    for i, question in enumerate(questions[len(lines):], len(lines)):
+    for i, pair in enumerate(questions[len(lines):], len(lines)):
         if labels == args.num_labels:
             break
-        if gold:
-            p = true_strength(question.row.prompt, question.one.text, question.two.text)
-            answer = "1" if np.random.default_rng((args.seed, i)).random() < p else "2"
+        if args.dataset_name:
+            answer = read_answer(pair, f"{labels} of {args.num_labels}")
         else:
-            answer = read_answer(question, f"{labels} of {args.num_labels}")
+            p = true_strength(pair.row.prompt, pair.better.text, pair.worse.text)
+            answer = "1" if np.random.default_rng((args.seed, i)).random() < p else "2"
         labels += answer != "s"
-        lines.append(json.dumps(preference(question, answer)))
+        lines.append(json.dumps(preference(pair, answer)))
         write_text(path, "\n".join(lines) + "\n")
     return labels
 
 
-def preference(question, answer):
+def preference(pair, answer):
     """A row of preferences.jsonl; strength is the judge's p(chosen > rejected)."""
-    row = {"prompt": question.row.prompt, "chosen": None, "rejected": None, "strength": None}
-    if answer == "1":
-        row |= {"chosen": question.one.text, "rejected": question.two.text, "strength": question.p}
-    if answer == "2":
-        row |= {"chosen": question.two.text, "rejected": question.one.text, "strength": 1 - question.p}
-    return row
+    ways = {"1": (pair.better.text, pair.worse.text, pair.strength), "s": (None, None, None),
+            "2": (pair.worse.text, pair.better.text, 1 - pair.strength)}
+    return dict(zip(("prompt", "chosen", "rejected", "strength"), (pair.row.prompt, *ways[answer])))
 
 
-def read_answer(question, count):
+def read_answer(pair, count):
     """Shows a question as plain text, in which no character controls the terminal; returns the key. The
     end of the input stops. Raises Stop."""
-    text = f"\n[{count}] {transcript(question.row.prompt)}\n\n"
-    text += f"1: {question.one.text}\n\n2: {question.two.text}\n"
+    text = f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
+    text += f"2: {pair.worse.text}\n"
     print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
-    while True:
+    answer = ""
+    while answer not in ("1", "2", "s"):
         try:
             answer = input("better: 1 or 2; s: skip; end of input (Ctrl-D): stop > ").strip()
         except EOFError:
             raise Stop("All answers are in preferences.jsonl; the same command goes on there.", code=0)
-        if answer in ("1", "2", "s"):
-            return answer
-        print(f"{answer!r} is none of these keys.")
+    return answer
 
 
 if __name__ == "__main__":
@@ -1951,4 +1889,6 @@ if __name__ == "__main__":
         sentence, code = "interrupted; the same command goes on from the last checkpoint.", 130
     if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
         print(f"osp: {sentence}", file=sys.stderr)
+    else:
+        time.sleep(5)  # else torchrun may end the first one before it has spoken
     sys.exit(code)

@@ -5,21 +5,22 @@ import copy
 import dataclasses
 import fcntl
 import functools
-import hashlib
 import io
 import itertools
 import json
 import math
+import multiprocessing
 import os
+import pkgutil
 import random
 import re
-import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
 import time
+import timeit
 import types
 import weakref
 from collections import Counter
@@ -39,51 +40,24 @@ import torch
 import transformers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from matplotlib.figure import Figure
+from pytest import approx, mark
 from tokenizers import decoders, pre_tokenizers
 from torch.nn.utils import parameters_to_vector
 from torch.utils.flop_counter import FlopCounterMode
 
 import osp
+from osp import Arguments, Candidate, Method, Models
 
 torch.set_num_threads(1)  # for models this small more threads cost more than they give
 # float32: a logit of size 16 is off by 2**-20 a rounding, some ten roundings deep; ten tokens are added
 CLOSE = 2e-4
+close = functools.partial(approx, abs=CLOSE)
 
 
 # Tools --------------------------------------------------------------------------------------------
-def tiny(config, vocab_size, **shape):
-    """A random model without BOS, whose EOS is 1. Its weights are large enough to tell tokens apart."""
-    torch.manual_seed(0)
-    made = config(vocab_size=vocab_size, bos_token_id=None, eos_token_id=1, initializer_range=0.3,
-                  max_position_embeddings=1024, **shape)
-    return transformers.AutoModelForCausalLM.from_config(made).eval()
-
-
-def rotary(vocab_size=40):
-    return tiny(transformers.LlamaConfig, vocab_size, hidden_size=32, intermediate_size=48,
-                num_hidden_layers=2, num_attention_heads=4, pad_token_id=0)
-
-
-def absolute(vocab_size=40):
-    return tiny(transformers.GPT2Config, vocab_size, n_embd=32, n_layer=2, n_head=4)
-
-
-def windowed(vocab_size=40):
-    """Every layer sees 24 tokens back."""
-    return tiny(transformers.MistralConfig, vocab_size, hidden_size=32, intermediate_size=48,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, sliding_window=24)
-
-
-def hybrid(vocab_size=40):
-    """A layer of convolutions, whose state cannot be shared, and one of attention."""
-    return tiny(transformers.Lfm2Config, vocab_size, hidden_size=32, intermediate_size=48,
-                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
-                layer_types=["conv", "full_attention"])
-
-
-BOTH_KINDS = pytest.mark.parametrize("kind", [rotary, absolute])
+RAIN = "\n\nHuman: tell my boss about rain now\n\nAssistant:"
 SAYING = "the cat sat on the mat . Human: Assistant: rain is gentle ."
-TRAINING_TEXT = [osp.JUDGE_FRAME, "A B\nA\nB", SAYING] * 9
 
 
 def byte_level_tokenizer(chat_template=None):
@@ -94,7 +68,7 @@ def byte_level_tokenizer(chat_template=None):
     bytes_, eos = pre_tokenizers.ByteLevel.alphabet(), "<|endoftext|>"
     trainer = tokenizers.trainers.BpeTrainer(
         special_tokens=[eos], initial_alphabet=bytes_, show_progress=False)
-    inner.train_from_iterator(TRAINING_TEXT, trainer)
+    inner.train_from_iterator([osp.JUDGE_FRAME, "A B\nA\nB", SAYING] * 9, trainer)
     return transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, chat_template=chat_template, eos_token=eos)
 
@@ -102,16 +76,13 @@ def byte_level_tokenizer(chat_template=None):
 def sentencepiece_tokenizer():
     """In Llama's manner: a mark for every space, bytes where it knows nothing, BOS in front."""
     names = dict(unk_token="<unk>", bos_token="<s>", eos_token="</s>")
-    inner = tokenizers.Tokenizer(tokenizers.models.BPE(unk_token="<unk>", byte_fallback=True))
+    words = [*names.values(), *(f"<0x{i:02X}>" for i in range(256)), *sorted({*SAYING, "▁"})]
+    vocabulary = {word: i for i, word in enumerate(words)}
+    inner = tokenizers.Tokenizer(
+        tokenizers.models.BPE(vocabulary, [], unk_token="<unk>", byte_fallback=True))
     inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
     spaces = decoders.Metaspace(prepend_scheme="first")
     inner.decoder = decoders.Sequence([decoders.ByteFallback(), spaces])
-    specials = [*names.values(), *(f"<0x{i:02X}>" for i in range(256))]
-    trainer = tokenizers.trainers.BpeTrainer(special_tokens=specials, show_progress=False)
-    inner.train_from_iterator(TRAINING_TEXT, trainer)
-    spec = json.loads(inner.to_str())
-    spec["added_tokens"] = spec["added_tokens"][:3]  # the byte tokens are no special tokens
-    inner = tokenizers.Tokenizer.from_str(json.dumps(spec))
     inner.post_processor = tokenizers.processors.TemplateProcessing(
         "<s> $A", special_tokens=[("<s>", 1)])
     return transformers.PreTrainedTokenizerFast(tokenizer_object=inner, **names)
@@ -121,8 +92,25 @@ LOOP = "{% for m in messages %}"
 CHAT = LOOP + ("<|{{ m.role }}|>\n{{ m.content }}{{ eos_token }}\n{% endfor %}"
                "{% if add_generation_prompt %}<|assistant|>\n{% endif %}")
 BYTES, PIECES, TALK = byte_level_tokenizer(), sentencepiece_tokenizer(), byte_level_tokenizer(CHAT)
-EACH_TOKENIZER = pytest.mark.parametrize(
-    "tokenizer", [BYTES, PIECES, TALK], ids=["bytes", "pieces", "chat"])
+EACH_TOKENIZER = mark.parametrize("tokenizer", [BYTES, PIECES, TALK])
+
+
+def tiny(config, vocab_size=len(BYTES), **more):
+    """A random model without BOS, whose EOS is 1. Its weights are large enough to tell tokens apart."""
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+                 max_position_embeddings=1024, initializer_range=0.3)
+    made = config(vocab_size=vocab_size, bos_token_id=None, eos_token_id=1, **shape | more)
+    return transformers.AutoModelForCausalLM.from_config(made).eval()
+
+
+rotary = functools.partial(tiny, transformers.LlamaConfig, pad_token_id=0)
+absolute = functools.partial(tiny, transformers.GPT2Config)
+windowed = functools.partial(  # every layer sees 24 tokens back
+    tiny, transformers.MistralConfig, num_key_value_heads=2, sliding_window=24)
+hybrid = functools.partial(  # the state of its convolutions cannot be shared
+    tiny, transformers.Lfm2Config, num_key_value_heads=2, layer_types=["conv", "full_attention"])
+BOTH_KINDS = mark.parametrize("kind", [rotary, absolute])
 
 
 @functools.cache
@@ -136,14 +124,21 @@ def row_of(prompt="hi", index=0, ids=()):
 
 def pair_of(one, two, strength=None, row=row_of(), **more):
     """A pair of texts, or of candidates."""
-    sides = [osp.Candidate([5], side) if isinstance(side, str) else side for side in (one, two)]
+    sides = [Candidate([5], side) if isinstance(side, str) else side for side in (one, two)]
     return osp.Pair(row, *sides, strength, **more)
 
 
 def builtin_models(*seeds):
     """Built-in models with their tokenizer: policy, start, reference; the start is the judge."""
     made = [osp.builtin_model(seed)[0] for seed in seeds]
-    return osp.Models(osp.builtin_model(0)[1], *made, judge=made[1])
+    return Models(osp.builtin_model(0)[1], *made, judge=made[1])
+
+
+def load_preferences(name_or_path, split="train"):
+    """The usable rows of a data set."""
+    raws = osp.take_split(osp.read_dataset(name_or_path), split)
+    rows = osp.usable_rows(raws, lambda *_: None, -1, split)
+    return [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
 
 
 def chat(*texts):
@@ -152,12 +147,21 @@ def chat(*texts):
     return [{"role": role, "content": text} for role, text in zip(roles, texts)]
 
 
-def saved(folder, tokenizer=TALK, model=None):
-    """A model's folder, of a random model in bf16 if none is given."""
-    model = model or rotary(len(tokenizer)).bfloat16()
+def saved(folder, model, tokenizer=BYTES):
+    """A model's folder."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def loaded(folder, *model_and_tokenizer):
+    """A model that has been saved, as a run loads it."""
+    return osp.load_model(saved(folder, *model_and_tokenizer), arguments("--gradient_checkpointing"))[0]
+
+
+def candidates_of(*texts):
+    """Candidates with these texts."""
+    return [Candidate([], text) for text in texts]
 
 
 def write_lines(path, rows):
@@ -172,10 +176,14 @@ def files_in(folder):
 
 
 @pytest.fixture(autouse=True, scope="module")
-def one_builtin_task():
-    """Every run would make its rows anew."""
-    with mock.patch.object(osp, "builtin_preferences", functools.cache(osp.builtin_preferences)):
-        yield
+def quick_runs():
+    """Runs make no data anew, hold out few rows, and draw no curves, which takes a second."""
+    train, *held_out = osp.builtin_preferences().values()
+    test, ood = [rows.select(range(64)) for rows in held_out]
+    task, no_curves = {"train": train, "test": test, "ood": ood}, lambda figure, path, **_: path.touch()
+    with mock.patch.object(osp, "builtin_preferences", lambda: task):
+        with mock.patch.object(Figure, "savefig", no_curves):
+            yield
 
 
 @contextmanager
@@ -191,7 +199,7 @@ def doubles(*values):
     return torch.tensor([float(value) for value in values], dtype=torch.float64)
 
 
-@pytest.mark.parametrize("numbers", [  # p, beta, logps of the policy, those of the reference, the loss
+@mark.parametrize("numbers", [  # p, beta, logps of the policy, those of the reference, the loss
     "0.9  0.1  -10 -12        -11 -11      0.6181388694",
     "0.7  0.1  -12 -10        -11 -11      0.7381388694",
     "0.8  0.1  -35.25 -41.5   -36 -40.125  0.6350311234",
@@ -203,48 +211,43 @@ def doubles(*values):
 def test_loss_by_hand(numbers):
     p, beta, one, two, ref_one, ref_two, expected = doubles(*numbers.split())
     loss = osp.spce_loss(beta * (one - ref_one), beta * (two - ref_two), p)
-    assert loss.item() == pytest.approx(expected.item(), abs=1e-9)
+    assert loss.item() == approx(expected.item(), abs=1e-9)
 
 
-def gradients_of(loss, reward_1, reward_2):
+def gradients_of(loss, *rewards):
     """Gradients with respect to both rewards, which must be those of finite differences."""
-    rewards = [reward_1.clone().requires_grad_(), reward_2.clone().requires_grad_()]
-    found = torch.autograd.grad(loss(*rewards).sum(), rewards)
-    for gradient, (one, two) in zip(found, ((1e-6, 0), (0, 1e-6))):
-        finite = (loss(reward_1 + one, reward_2 + two) - loss(reward_1 - one, reward_2 - two)) / 2e-6
-        assert torch.allclose(gradient, finite, atol=1e-7)  # 36 * 2**-53 / 1e-6 is 4e-9
-    return found
+    for reward in rewards:
+        reward.requires_grad_()
+    assert torch.autograd.gradcheck(loss, rewards)
+    return torch.autograd.grad(loss(*rewards).sum(), rewards)
 
 
 def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
-    h = doubles(-3.0, -0.2, 0.0, 1.0, 40.0, math.log(0.3 / 0.7))
-    p = doubles(0.2, 1.0, 0.5, 0.9, 0.1, 0.3)
-    one, two = gradients_of(functools.partial(osp.spce_loss, strength=p), h, 0 * h)
+    h, p = doubles(-3.0, -0.2, 0.0, 40.0, math.log(0.3 / 0.7)), doubles(0.2, 1.0, 0.5, 0.1, 0.3)
+    one, two = gradients_of(functools.partial(osp.spce_loss, strength=p), h, torch.zeros_like(h))
     assert torch.allclose(one, torch.sigmoid(h) - p)
     assert torch.equal(two, -one)
     assert abs(one[-1]) < 1e-12
 
 
-@pytest.mark.parametrize("reward_1, reward_2, label, clip, margin", [
-    (0.1, 0.0, 1, 0.2, 0.1),  # nothing is clipped: DPO
-    (0.5, 0.0, 1, 0.2, 0.2),  # the winner is
-    (0.1, -0.5, 1, 0.2, 0.3),  # the loser is
-    (-0.5, 0.5, 1, 0.2, -1.0),  # neither is clipped on its other side
-    (-0.5, 0.5, 0, 0.2, 0.4),  # the second one wins; both are clipped
-    (0.5, -0.5, 1, math.inf, 1.0),
+@mark.parametrize("numbers", [  # rewards, label, clip, the margin, which rewards have a gradient
+    " 0.1  0.0  1  0.2   0.1  1 1",  # nothing is clipped: DPO
+    " 0.5  0.0  1  0.2   0.2  0 1",  # the winner is
+    " 0.1 -0.5  1  0.2   0.3  1 0",  # the loser is
+    "-0.5  0.5  1  0.2  -1.0  1 1",  # neither is clipped on its other side
+    "-0.5  0.5  0  0.2   0.4  0 0",  # the second one wins; both are clipped
+    " 0.5 -0.5  1  inf   1.0  1 1",
 ])
-def test_dual_clip_by_hand(reward_1, reward_2, label, clip, margin):
-    """A clipped reward has no gradient, the others have that of DPO."""
-    loss = functools.partial(osp.dual_clip_loss, strength=doubles(label), clip=clip)
-    rewards = doubles(reward_1), doubles(reward_2)
-    assert loss(*rewards).item() == pytest.approx(math.log(1 + math.exp(-margin)), abs=1e-12)
-    winner, loser = rewards if label else rewards[::-1]
-    kept = {bool(winner > clip), bool(loser < -clip)}
-    assert {gradient.item() == 0 for gradient in gradients_of(loss, *rewards)} == kept
+def test_dual_clip_by_hand(numbers):
+    one, two, label, clip, margin, *moved = doubles(*numbers.split())
+    loss = functools.partial(osp.dual_clip_loss, strength=label, clip=clip.item())
+    assert loss(one, two).item() == approx(math.log(1 + math.exp(-margin)), abs=1e-12)
+    gradients = gradients_of(loss, one, two)
+    assert [gradient != 0 for gradient in gradients] == moved
 
 
 # Pairs --------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scores, expected", [
+@mark.parametrize("scores, expected", [
     ([0.5, 0.9, 0.1, 0.7], [(1, 2), (3, 0)]),
     (torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), [(4, 0), (3, 1)]),  # the middle is left out
     ([0.5, 0.5, 0.5, 0.5], [(0, 3), (1, 2)]),  # ties keep their order
@@ -253,44 +256,23 @@ def test_pairs_best_with_worst_inwards(scores, expected):
     assert osp.ranked_pairs(scores) == expected
 
 
-@given(st.lists(st.floats(0, 1), min_size=2, max_size=17))
-def test_pairs_are_disjoint_ordered_and_nested(scores):
-    pairs = osp.ranked_pairs(scores)
-    gaps = [scores[better] - scores[worse] for better, worse in pairs]
-    assert len(pairs) == len(scores) // 2
-    assert len(set(sum(pairs, ()))) == 2 * len(pairs)
-    assert min(gaps) >= 0
-    assert gaps == sorted(gaps, reverse=True)
-
-
-def test_identical_pairs_are_not_judged():
-    """By rank: [5] [5], [7 1] [7], [8 1] [7 1]; the judge is unsure of the second."""
-    ids = [[5], [7, 1], [8, 1], [7, 1], [7], [5]]
-    method = osp.Method(
-        sample=lambda *_: [[osp.Candidate(one, "") for one in ids]],
-        score=lambda *_: [[0.9, 0.8, 0.7, 0.3, 0.2, 0.1]],
-        strength=lambda models, pairs, args: [None, 0.75])
-    models = osp.Models(None, None, reference=rotary())
-    _, [pairs] = osp.make_pairs(models, [row_of("", 0, [3])], method, 0, osp.Arguments())
-    assert [(pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs] == [
-        ([5], [5], None), ([7, 1], [7], None), ([8, 1], [7, 1], 0.75)]
-
-
-def test_figures_of_a_step_by_hand():
-    """The outermost pair of three prompts; those of the last two are dropped as identical and unsure."""
-    ids = [[5, 1], [6], [7, 8, 9]], [[6, 1], [6, 1], [4, 1]], [[5], [6, 1], [5]], [[7], [6, 1], [8]]
-    candidates = [[osp.Candidate(one, "") for one in found] for found in ids]
-    pairs = [pair_of(found[0], found[2]) for found in candidates]
-    one, two, _, unsure = pairs
-    one.strength, one.verdicts, one.seen = 0.9, (0.7, 0.2), (0.5, 0.2, -0.1)  # seen: loss, rewards
-    two.strength, two.verdicts, two.seen = 0.6, (0.4, 0.3), (0.7, -0.4, 0.1)
-    unsure.verdicts = 0.3, 0.4
-    figures = osp.step_figures(builtin_models(0, 0), candidates, pairs, osp.Method(), osp.Arguments())
-    assert figures == pytest.approx({
-        "response_tokens": 20 / 12, "cut_fraction": 6 / 12, "distinct_fraction": 8 / 12, "pairs": 2,
-        "dropped_identical_pairs": 1, "dropped_unsure_pairs": 1, "order_agreement": 1 / 3,
-        "loss": 0.6, "strength_mean": 0.75, "strength_std": 0.15, "margin": -0.1, "margin_accuracy": 0.5,
-        "kl": (0.5 - 1.5) / 2}, abs=1e-6)  # float32, of size 1; beta is 0.1
+def test_the_pairs_of_a_step_and_its_figures_by_hand():
+    """Four pairs, from the outermost: sure, identical and so not judged, sure, unsure."""
+    texts = "51 41 6 789 71 61 41 8".split()  # by falling score; a digit is a token, and 1 is EOS
+    found, models = [Candidate([*map(int, text)], text) for text in texts], builtin_models(0, 0, 0)
+    method = Method(sample=lambda *_: [found], score=lambda *_: [range(8, 0, -1)],
+                    strength=lambda *_: [0.9, 0.6, None])
+    candidates, [pairs] = osp.make_pairs(models, [row_of("", 0, [3])], method, 0, Arguments())
+    assert [(pair.better.text, pair.worse.text) for pair in pairs] == [*zip(texts[:4], texts[:3:-1])]
+    one, _, two, unsure = pairs
+    one.seen, two.seen = (0.5, 0.2, -0.1), (0.7, -0.4, 0.1)  # loss, rewards
+    expected = {
+        "response_tokens": 15 / 8, "cut_fraction": 3 / 8, "distinct_4grams": 0, "pairs": 2,
+        "dropped_identical_pairs": 1, "dropped_unsure_pairs": 1, "loss": 0.6, "strength_mean": 0.75,
+        "margin": -0.1, "kl": -0.5}  # beta is 0.1
+    figures = osp.step_figures(models, candidates, pairs, method, Arguments())
+    found = {name: figures[name] for name in expected}
+    assert found == approx(expected, abs=1e-6)  # float32
 
 
 # Log-probabilities --------------------------------------------------------------------------------
@@ -310,19 +292,15 @@ def random_ids(n, longest):
 
 
 @BOTH_KINDS
-@pytest.mark.parametrize("micro_batch_size", [1, 3, 16])
+@mark.parametrize("micro_batch_size", [1, 3, 16])
 def test_logps_equal_an_unpadded_loop(kind, micro_batch_size):
-    model, prompts, responses = kind(), random_ids(7, 12), random_ids(7, 9)
-    prompts += [prompts[0]] * 3  # prompts that are shared
-    responses += [[3, 4, 1], [5], [6, 0, 8, 9, 10, 11]]
+    prompts, responses = random_ids(7, 12), [*random_ids(7, 9), [3, 4, 1], [5], [6, 0, 8, 9, 10, 11]]
+    model, prompts = kind(), prompts + prompts[:1] * 3  # some are shared
     with torch.no_grad():
-        slow = torch.stack([naive_logps(model, *texts) for texts in zip(prompts, responses)])
+        slow = [naive_logps(model, *texts).item() for texts in zip(prompts, responses)]
         fast = osp.response_logps(model, prompts, responses, micro_batch_size)
-        alone = osp.token_logps(model, prompts, responses)
     assert fast.dtype == torch.float32
-    assert torch.allclose(fast, slow, atol=CLOSE)
-    assert torch.allclose(alone.sum(-1), slow, atol=CLOSE)
-    assert not alone[8, 1:].any()  # beyond the end of [5]
+    assert fast.tolist() == close(slow)
 
 
 # Update -------------------------------------------------------------------------------------------
@@ -330,75 +308,68 @@ def weights_of(model):
     return parameters_to_vector(model.parameters()).detach().clone()
 
 
-def gradient_of(model):
-    return parameters_to_vector([weight.grad for weight in model.parameters()])
-
-
-def same_gradient(one, two):
-    return torch.allclose(one, two, atol=CLOSE * two.abs().max().item())
+def assert_gradient(model, expected):
+    found = parameters_to_vector([weight.grad for weight in model.parameters()])
+    assert torch.allclose(found, expected, atol=CLOSE * expected.abs().max().item())
 
 
 def with_sgd(model):
     """Models whose step is the gradient."""
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     scheduler = transformers.get_scheduler("constant", optimizer)
-    return osp.Models(None, model, optimizer=optimizer, scheduler=scheduler)
+    return Models(None, model, optimizer=optimizer, scheduler=scheduler)
 
 
-def test_gradient_does_not_depend_on_micro_batches_or_checkpointing():
-    """It is that of the mean loss of unpadded passes. Five pairs: the last micro-batch is smaller."""
-    plain, prompts, responses, pairs, seen = rotary(), random_ids(5, 12), random_ids(10, 9), [], []
-    prompts[1] = prompts[0]
+@mark.parametrize("size, checkpointing", [(1, False), (4, False), (16, False), (6, True)])
+def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointing):
+    """Five pairs, so that the last micro-batch is smaller. Some have the same prompt."""
+    plain, models, pairs, losses = rotary(), with_sgd(rotary()), [], []
+    models.policy.train()
+    for layer in models.policy.model.layers:  # no dropout acts without checkpointing
+        layer.self_attn.attention_dropout = 0.5 * (not checkpointing)
+    prompts, responses = random_ids(3, 12), random_ids(10, 9)
     for i, strength in enumerate([0.9, 0.5, 0.2, 0.7, 0.6]):
-        both, ref_logps = responses[2 * i : 2 * i + 2], (-20.0 + 3 * i, -8.0 - i)
-        sides = [osp.Candidate(ids, "") for ids in both]
-        pairs.append(pair_of(*sides, strength, row_of("", i, prompts[i]), ref_logps=ref_logps))
-        logps = [naive_logps(plain, prompts[i], ids) for ids in both]
+        sides = [Candidate(ids, "") for ids in responses[2 * i : 2 * i + 2]]
+        row, ref_logps = row_of("", i, prompts[i // 2]), (-20.0 + 3 * i, -8.0 - i)
+        pairs.append(pair_of(*sides, strength, row, ref_logps=ref_logps))
+        logps = [naive_logps(plain, row.ids, side.ids) for side in sides]
         rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, ref_logps)]
-        seen.append(torch.stack([osp.spce_loss(*rewards, strength), *rewards]))
-    torch.stack(seen)[:, 0].mean().backward()
-    expected = gradient_of(plain)
-    for size, checkpointing in ((1, False), (4, False), (16, False), (6, True)):
-        models = with_sgd(rotary())
-        if checkpointing:
-            models.policy.activation_checkpointing_enable()
-        args = osp.Arguments(micro_batch_size=size, max_grad_norm=1e9, beta=0.3)
-        figures = osp.update(models, pairs, osp.Method(), 0, args)
-        assert figures["grad_norm"] == pytest.approx(expected.norm().item(), rel=CLOSE)
-        assert same_gradient(weights_of(plain) - weights_of(models.policy), expected)
-        assert next(models.policy.parameters()).grad is None
-        for pair, own in zip(pairs, seen):
-            assert pair.seen == pytest.approx(own.tolist(), abs=CLOSE)
+        losses.append(osp.spce_loss(*rewards, strength))
+    torch.stack(losses).mean().backward()
+    if checkpointing:
+        models.policy.activation_checkpointing_enable()
+    args = Arguments(
+        micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
+    figures = osp.update(models, pairs, Method(), 0, args)
+    moved = weights_of(plain) - weights_of(models.policy)
+    assert_gradient(plain, moved)
+    assert figures["grad_norm"] == approx(moved.norm().item(), rel=CLOSE)
+    assert [pair.seen[0] for pair in pairs] == close(torch.stack(losses).tolist())
 
 
-def test_gradients_are_clipped_to_their_norm_and_nan_stops_the_run():
-    models, args = with_sgd(torch.nn.Linear(2, 1, bias=False)), osp.Arguments(max_grad_norm=1)
-    weight, before = models.policy.weight, weights_of(models.policy)
-    weight.grad = torch.tensor([[3.0, 4.0]])
-    assert osp.optimizer_step(models, 0.0, "", args) == 5.0
-    after = weights_of(models.policy)
-    assert (before - after).tolist() == pytest.approx([0.6, 0.8], abs=1e-6)  # norm + 1e-6
-    assert weight.grad is None
-    for loss, slope in ((math.nan, 1.0), (0.0, math.nan)):
-        weight.grad = torch.tensor([[slope, 0.0]])
-        with stopped("step 3: the loss is", code=1):
-            osp.optimizer_step(models, loss, "step 3", args)
-    assert torch.equal(weights_of(models.policy), after)
+@mark.parametrize("loss, slope", [(math.nan, 1.0), (0.0, math.nan)])
+def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run(loss, slope):
+    models = with_sgd(torch.nn.Linear(2, 1))
+    models.policy.bias.grad, before = torch.tensor([slope]), weights_of(models.policy)
+    with stopped("step 3: the loss is", code=1):
+        osp.optimizer_step(models, loss, "step 3", Arguments())
+    assert torch.equal(weights_of(models.policy), before)
 
 
 def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
-    steps = [osp.step_indices(10, 4, step, 0) for step in range(6)]
+    steps = [osp.step_indices(10, 4, step, seed=0) for step in range(6)]
     one, two = sum(steps[:3], []), sum(steps[3:], [])
     assert sorted(one) == sorted(two) == list(range(10))
     assert one != two
-    assert [len(step) for step in steps] == [4, 4, 2] * 2
-    assert osp.step_indices(10, 4, 0, 1) != steps[0]
+    assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
+    asked = [Arguments(prompts_per_step=4, max_steps=most) for most in (-1, 0, 5)]
+    assert [osp.method_steps(range(10), args) for args in asked] == [9, 0, 5]
 
 
 def rates_of(name, warmup_steps, steps=20):
     """The learning rates of a schedule with peak 1."""
-    models, found = osp.Models(None, torch.nn.Linear(2, 1)), []
-    args = osp.Arguments(lr_scheduler_type=name, warmup_steps=warmup_steps)
+    models, found = Models(None, torch.nn.Linear(2, 1)), []
+    args = Arguments(lr_scheduler_type=name, warmup_steps=warmup_steps)
     osp.start_training(models, 1.0, steps, args)
     for _ in range(steps):
         found += models.scheduler.get_last_lr()
@@ -407,232 +378,165 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_steps_go_by_passes_or_by_their_number():
-    assert [osp.number_of_steps(10, 4, 3, most) for most in (-1, 0, 5, 50)] == [9, 0, 5, 50]
+def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps():
+    assert rates_of("constant_with_warmup", 0.11)[:5] == approx([0, 1 / 3, 2 / 3, 1, 1])
+    assert rates_of("constant_with_warmup", 2.0)[:5] == approx([0, 1 / 2, 1, 1, 1])
     assert rates_of("linear", 0.1, steps=1) == [1.0]  # a single step trains something
 
 
-@pytest.mark.parametrize("asked, warmup", [(0.1, 2), (0.11, 3), (5.0, 5)])
-def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps(asked, warmup):
-    expected = [step / warmup for step in range(warmup)] + [1.0] * (20 - warmup)
-    assert rates_of("constant_with_warmup", asked) == pytest.approx(expected)
-
-
 def test_a_planted_preference_improves(monkeypatch):
-    """A judge that likes one word makes a tiny policy say it, and the margins follow the strengths."""
-    args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0)
-    models.reference = models.start
-
-    def liked(text):
-        return text.split().count("gentle")
-
+    """A judge that likes one word, of some eighty, makes a tiny policy say it."""
     def judge(model, tokenizer, prompts, shown_as_a, shown_as_b, *_):
-        gaps = [liked(a) - liked(b) for a, b in zip(shown_as_a, shown_as_b)]
+        gaps = [a.count("gentle") - b.count("gentle") for a, b in zip(shown_as_a, shown_as_b)]
         return torch.sigmoid(2.0 * torch.tensor(gaps)).tolist()
 
-    def said(model):
-        found = osp.respond(model, models.tokenizer, rows, range(4), osp.EVALUATION, args)
-        return np.mean([liked(one.text) for own in found for one in own])
-
     monkeypatch.setattr(osp, "verdict_probabilities", judge)
-    prompts = [(prompt,) for prompt in osp.builtin_prompts("train")]
-    rows = osp.distinct_prompts(models.tokenizer, prompts, 16)
-    osp.start_training(models, 5e-3, 16, args)
-    for step in range(16):
-        figures = osp.measured_step(models, rows, osp.Method(), step, args)
-    assert said(models.policy) > said(models.start) + 1
-    assert figures["margin"] > 0.3
-    assert figures["margin_accuracy"] > 0.8
+    args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0, 0)
+    rows = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
+    osp.start_training(models, 5e-3, 20, args)
+    for step in range(20):
+        osp.train_step(models, rows, Method(), step, args)
+    [found] = osp.sample_policy(models, rows, 20, args)
+    assert np.mean([response.text.count("gentle") for response in found]) > 1
 
 
 # Judge --------------------------------------------------------------------------------------------
-def framed_question(tokenizer, *texts):
-    return osp.framed(tokenizer, osp.judge_question(*texts) + osp.verdict_format(tokenizer)[0])
-
-
 def test_verdict_of_several_tokens_is_refused():
-    inner = tokenizers.models.WordLevel({"<eos>": 0, "<unk>": 1}, unk_token="<unk>")
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(inner), eos_token="<eos>", unk_token="<unk>")
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
     with stopped("one token"):
-        osp.verdict_format(tokenizer)
+        osp.verdict_format(transformers.PreTrainedTokenizerFast(tokenizer_object=inner))
 
 
 def asked_alone(judge, tokenizer, *texts):
     """P(A) by one unpadded pass over the whole question."""
-    ids = osp.encode(tokenizer, [framed_question(tokenizer, *texts)])
+    end, a, b = osp.verdict_format(tokenizer)
+    ids = osp.encode(tokenizer, [osp.framed(tokenizer, osp.judge_question(*texts) + end)])
     with torch.no_grad():
-        logits = judge(input_ids=torch.tensor(ids)).logits
-    return logits[0, -1, osp.verdict_format(tokenizer)[1:]].softmax(-1)[0].item()
+        return judge(input_ids=torch.tensor(ids)).logits[0, -1, [a, b]].softmax(-1)[0].item()
 
 
 @EACH_TOKENIZER
-def test_strength_complement_identity_and_both_orders(tokenizer):
-    _, *verdicts = osp.verdict_format(tokenizer)
-    assert [text.strip() for text in tokenizer.batch_decode([[one] for one in verdicts])] == ["A", "B"]
-    judge = rotary(len(tokenizer))
-    texts = [("hi", "the cat sat", "rain"), ("rain", "same", "same"),
-             ("\n\nHuman: the mat\n\nAssistant:", "x", "the mat . the cat")]
-    prompts, ones, twos = map(list, zip(*texts))
-    p = osp.preference_strength(judge, tokenizer, prompts, ones, twos)
-    q = osp.preference_strength(judge, tokenizer, prompts, twos, ones, micro_batch_size=1)
-    assert torch.allclose(p + q, torch.ones(3), atol=CLOSE)
-    assert p[1] == 0.5  # exactly
+def test_strength_is_the_mean_of_both_orders(tokenizer):
+    verdicts = osp.verdict_format(tokenizer)[1:]
+    assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
+    models = Models(tokenizer, None, judge=rotary())
+    texts = [("hi", "the cat sat", "rain"), ("rain", "same", "same"), (RAIN, "x", "the mat . the cat")]
     pairs = [pair_of(one, two, None, row_of(prompt)) for prompt, one, two in texts]
-    strengths = osp.judge_pairs(osp.Models(tokenizer, None, judge=judge), pairs, osp.Arguments())
-    assert strengths == pytest.approx(p.tolist(), abs=CLOSE)
-    for pair, strength, (prompt, one, two) in zip(pairs, strengths, texts):
-        p_12 = asked_alone(judge, tokenizer, prompt, one, two)
-        p_21 = asked_alone(judge, tokenizer, prompt, two, one)
-        assert pair.verdicts == pytest.approx((p_12, p_21), abs=CLOSE)
-        assert strength == pytest.approx((p_12 + 1 - p_21) / 2, abs=CLOSE)
+    strengths = osp.judge_pairs(models, pairs, Arguments())
+    assert strengths[1] == 0.5  # exactly
+    for pair, strength, (prompt, *sides) in zip(pairs, strengths, texts):
+        p_12 = asked_alone(models.judge, tokenizer, prompt, *sides)
+        p_21 = asked_alone(models.judge, tokenizer, prompt, *sides[::-1])
+        assert [*pair.verdicts, strength] == close([p_12, p_21, (p_12 + 1 - p_21) / 2])
 
 
-def test_ranking_asks_k_questions_a_prompt_with_the_first_response_as_a(monkeypatch):
-    judge, forward = rotary(len(BYTES)), mock.Mock(wraps=osp.forward)
-    monkeypatch.setattr(osp, "forward", forward)
-    models, rows = osp.Models(BYTES, None, judge=judge), [row_of("hi"), row_of("the mat")]
-    texts = [["rain", "the cat", "mat", "sat"], ["x", "y", "x", "y"]]
-    candidates = [[osp.Candidate([], text) for text in found] for found in texts]
-    scores = osp.ranking_scores(models, rows, candidates, osp.Arguments())
-    # a head for each prompt; then its questions, the equal ones once
-    assert [len(call.args[1]) for call in forward.call_args_list] == [2, 4 + 2]
-    for row, found, own in zip(rows, texts, scores):
-        alone = [1 - asked_alone(judge, BYTES, row.prompt, found[0], text) for text in found]
-        assert own == pytest.approx(alone, abs=CLOSE)
-    assert scores[1][:2] == scores[1][2:]  # equal texts tie exactly
+def test_ranking_asks_about_each_response_with_the_first_one_as_a():
+    judge, texts = rotary(), ["x", "rain", "x", "the cat"]
+    models = Models(BYTES, None, judge=judge)
+    [scores] = osp.ranking_scores(models, [row_of()], [candidates_of(*texts)], Arguments())
+    assert scores == close([1 - asked_alone(judge, BYTES, "hi", "x", text) for text in texts])
+    assert scores[0] == scores[2]  # equal texts tie exactly
 
 
-SAYING_WORDS = st.sampled_from(["rain", "the cat", "mat .", "gentle " * 40])
-SAYINGS = st.lists(SAYING_WORDS, max_size=3).map(" ".join)
-QUESTION = st.tuples(st.sampled_from(["hi", "the mat"]), SAYINGS, SAYINGS)
+SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 40]), max_size=3).map(" ".join)
+QUESTION = st.tuples(st.just("hi") | st.just("the mat"), SAYINGS, SAYINGS)
 
 
-@pytest.mark.parametrize("kind", [rotary, absolute, windowed])
+@mark.parametrize("kind", [rotary, absolute, windowed])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 def test_questions_that_share_their_head_get_the_answers_they_get_alone(kind, questions, size):
-    judge = kind(len(BYTES))
+    judge = kind()
     found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), size)
-    alone = [asked_alone(judge, BYTES, *question) for question in questions]
-    assert found == pytest.approx(alone, abs=CLOSE)
+    assert found == close([asked_alone(judge, BYTES, *question) for question in questions])
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
-    judge = rotary(len(BYTES))
-    judge.lm_head.weight.data.fill_(math.nan)
     with stopped("not numbers", code=1):
-        osp.verdict_probabilities(judge, BYTES, ["hi"], ["rain"], ["mat"])
+        osp.verdict_probabilities(broken("lm_head"), BYTES, ["hi"], ["rain"], ["mat"])
 
 
 def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
-    prompts, texts = ["hi", "hi"], ["the mat " * 99, "x"]
-    _, short = osp.encode_questions(BYTES, prompts, texts, texts)
-    cut, same = osp.encode_questions(BYTES, prompts, texts, texts, 120)
+    texts, model = ["x", "the mat " * 99], absolute(max_position_embeddings=130)
+    short, cut = osp.encode_questions(BYTES, ["hi"] * 2, texts, texts, 120)
     assert 80 < len(cut) <= 120
-    assert same == short
     one, two = [re.sub("(?m)^>.*", ">", BYTES.decode(ids)) for ids in (cut, short)]
     assert one == two
-    model = absolute(len(BYTES))
-    model.config.max_position_embeddings = 130
-    batch = [("hi", "x" * n, "y") for n in range(1, 99)]
-    questions, _ = osp.supervised_tasks(osp.Models(BYTES, model), batch, arguments())["judge"]
+    batch = [("hi", "x" * n, "y") for n in range(99)]
+    questions, _ = osp.supervised_tasks(Models(BYTES, model), batch, arguments())["judge"]
     assert max(map(len, questions)) == 129  # room for the verdict
 
 
-def test_judge_figures_by_hand():
+def test_judge_figures_by_hand(monkeypatch):
     p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
     p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
-    both = {"order_agreement": (1 + 1 + 0.5 + 1) / 4}  # the second's verdicts are equal
-    truth = torch.tensor([0.8, 0.9, 0.5, 0.5, 1.0])
-    assert osp.verdict_figures(p_12, p_21, truth) == pytest.approx(both | {
-        "judge_accuracy": (1 + 0.5 + 1) / 3,  # where the truth is no tie; the judge's counts half
-        "judge_calibration_error": (0.12 + 0.4 + 0.44 + 0.1 + 0) / 5})
-    gaps = abs(0.92 - 1 + 0.94 - 0) + (0.5 - 0.5) + (1 - 0.6) + 0  # the first and the third share a bin
-    assert osp.verdict_figures(p_12, p_21) == pytest.approx(both | {
-        "judge_accuracy": 3.5 / 5, "judge_calibration_error": gaps / 5})
+    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa bb", "a bb")]
+    assert osp.verdict_figures(texts, p_12, p_21) == approx({
+        "order_agreement": (1 + 1 + 0.5 + 1) / 4,  # the second's verdicts are equal
+        "strength_spread": (0.42 + 0 + 0.44 + 0.1 + 0.5) / 5,
+        "longer_preferred": (1 + 0.5 + 1 + 0) / 4})
+    monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
+    surer = {"judge_overconfidence": (0.92 + 0.5 + 0.94 + 0.6 + 1) / 5 - 3.5 / 5, "judge_pairs": 5}
+    models, gold = Models(None, None), {"aa": 1, "a": 0, "b": 0, "bb": 0}.get
+    found = [osp.judge_figures(models, texts, truth, Arguments())
+             for truth in (None, lambda prompt, text: gold(text))]
+    assert found == [approx(surer | {"judge_accuracy": right}) for right in (3.5 / 5, (1 + 1) / 2)]
 
 
 # Sampling -----------------------------------------------------------------------------------------
-def noise_of(indices, ks, length, seed=7, step=3):
-    rows = [osp.sampling_noise(seed, step, index, k, length) for index in indices for k in ks]
-    return torch.tensor(np.array(rows))
+def noise_of(index, ks, length, seed=0, step=0):
+    return torch.tensor(np.array([osp.sampling_noise(seed, step, index, k, length) for k in ks]))
 
 
-@pytest.mark.parametrize("kind, temperature", [(rotary, 2.0), (absolute, 1.0)])
+@mark.parametrize("kind, temperature", [(rotary, 2.0), (absolute, 1.0)])
 def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperature):
-    model, n, prompt = kind(8), 20_000, [3, 5, 2]
-    model.generation_config.update(  # none of this may count
-        do_sample=True, top_k=2, top_p=0.5, repetition_penalty=3.0)
-    found = osp.sample(model, [prompt] * n, noise_of([0], range(n), 2), temperature, [1])
-    counts, chi2 = Counter(map(tuple, found)), 0.0
+    model, n, prompt, chi2 = kind(8), 20_000, [3, 5, 2], 0.0
+    model.generation_config.update(do_sample=True, top_k=2, top_p=0.5)  # which may not count
+    found = osp.sample(model, [prompt] * n, noise_of(0, range(n), 2), temperature, [1])
     outcomes = [(1,)] + [(one, two) for one in range(8) if one != 1 for two in range(8)]
+    counts = Counter(map(tuple, found))
+    assert counts.keys() <= set(outcomes)
     for outcome in outcomes:
         expected = n * naive_logps(model, prompt, outcome, temperature).exp().item()
         chi2 += (counts[outcome] - expected) ** 2 / expected
-    assert counts.keys() <= set(outcomes)
     assert chi2 < 56 + 4 * math.sqrt(2 * 56)  # 56 degrees of freedom, four standard deviations
 
 
 @BOTH_KINDS
-def test_sampling_does_not_depend_on_the_batch(kind):
-    model, prompts = kind(), [prompt for prompt in random_ids(5, 12) for _ in range(3)]
-    noise = noise_of([4, 8, 15, 16, 23], range(3), 10)
-    together = osp.sample(model, prompts, noise, 1.0, [1, 2])
-    for i, prompt in enumerate(prompts):
-        assert osp.sample(model, [prompt], noise[i : i + 1], 1.0, [1, 2]) == [together[i]]
-
-
-def test_responses_of_rows_are_drawn_with_their_own_noise(monkeypatch):
-    """Which goes by the seed, the step, the row and k, each of which changes it."""
-    model, tokenizer = osp.builtin_model(0)
-    rows = [row_of("\n\nHuman: rain\n\nAssistant:", 3), row_of("\n\nHuman: tea now\n\nAssistant:", 5)]
+def test_a_response_goes_by_its_own_noise_and_not_by_its_batch(kind, monkeypatch):
+    """The noise goes by the seed, the step, the row and k, each of which changes it."""
     monkeypatch.setattr(osp, "SAMPLING_BATCH_SIZE", 4)
-    responses = osp.respond(
-        model, tokenizer, rows, [1, 4, 5], 2, arguments("--seed 7 --temperature 0.7"))
-    for row, found in zip(rows, responses):
-        prompts = osp.encode_prompts(tokenizer, [row.prompt] * 3)
-        ids = osp.sample(model, prompts, noise_of([row.index], [1, 4, 5], 16, 7, 2), 0.7, [1])
-        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        assert [(one.ids, one.text) for one in found] == list(zip(ids, texts))
+    model, args = kind(), arguments("--seed 7 --temperature 0.7 --max_new_tokens 9")
+    rows, ks = [row_of("rain", 3), row_of("the cat sat on", 5)], [1, 4, 5]
+    for row, found in zip(rows, osp.respond(model, BYTES, rows, ks, 2, args)):
+        prompts = osp.encode_prompts(BYTES, [row.prompt])
+        for k, one in zip(ks, found):
+            noise = noise_of(row.index, [k], 9, seed=7, step=2)
+            assert [one.ids] == osp.sample(model, prompts, noise, 0.7, [0, 1])
     draws = {osp.sampling_noise(*key, 1)[0] for key in itertools.product([7, 8], repeat=4)}
     assert len(draws) == 16
-
-
-def test_responses_keep_their_eos_and_truncated_ones_get_none():
-    found = osp.sample(rotary(6), [[3]] * 64, noise_of([0], range(64), 4), 1.0, [1])
-    assert {ids[-1] == 1 for ids in found} == {True, False}
-    assert all(1 not in ids[:-1] and 1 in ids[-1:] + [len(ids) - 3] for ids in found)
-    for tokenizer in (BYTES, PIECES):
-        whole, cut = osp.encode_responses(tokenizer, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
-        assert tokenizer.decode(whole[:-1]).strip() == "the cat"
-        assert whole[-1] == tokenizer.eos_token_id
-        assert len(cut) == 12 and cut[-1] != tokenizer.eos_token_id
 
 
 # SFT ----------------------------------------------------------------------------------------------
 def test_sft_teaches_chosen_responses_and_right_verdicts_in_both_orders():
     batch = [("hi", "rain", "the cat"), ("the mat", "gentle", "sat"), ("x", "y", "z"), ("p", "q", "r")]
-    args = osp.Arguments(max_new_tokens=16)
-    tasks = osp.supervised_tasks(osp.Models(BYTES, rotary(len(BYTES))), batch, args)
-    (prompts, responses), (questions, verdicts) = tasks["respond"], tasks["judge"]
-    assert prompts == osp.encode_prompts(BYTES, ["hi", "the mat"])  # a third, rounded up
-    assert responses == osp.encode_responses(BYTES, ["hi", "the mat"], ["rain", "gentle"], 16)
-    for (prompt, chosen, rejected), *asked in zip(batch, questions[:4], questions[4:]):
-        assert asked == osp.encode_questions(BYTES, [prompt] * 2, [chosen, rejected], [rejected, chosen])
-    assert BYTES.batch_decode(verdicts) == [" A"] * 4 + [" B"] * 4
+    prompts, chosen, rejected = map(list, zip(*batch))
+    tasks = osp.supervised_tasks(Models(BYTES, rotary()), batch, arguments())
+    some = prompts[:2]  # a third, rounded up
+    responses = osp.encode_responses(BYTES, some, chosen[:2], 16)
+    assert tasks["respond"] == (osp.encode_prompts(BYTES, some), responses)
+    questions, verdicts = tasks["judge"]
+    both = osp.encode_questions(BYTES, prompts * 2, chosen + rejected, rejected + chosen)
+    assert (questions, BYTES.batch_decode(verdicts)) == (both, [" A"] * 4 + [" B"] * 4)
 
 
 def test_sft_loss_is_the_mean_over_all_target_tokens():
-    prompts, targets, model = random_ids(5, 12), random_ids(5, 9), rotary()
-    loss = -sum(naive_logps(model, *texts) for texts in zip(prompts, targets)) / sum(map(len, targets))
+    prompts, targets, plain, model = random_ids(5, 12), random_ids(5, 9), rotary(), rotary()
+    loss = -sum(naive_logps(plain, *texts) for texts in zip(prompts, targets)) / sum(map(len, targets))
     loss.backward()
-    expected = gradient_of(model)
-    for size in (2, 8):
-        model.zero_grad()
-        found = osp.supervised_loss(model, prompts, targets, osp.Arguments(micro_batch_size=size))
-        assert found == pytest.approx(loss.item(), abs=CLOSE)
-        assert same_gradient(gradient_of(model), expected)
+    found = osp.supervised_loss(model, prompts, targets, Arguments(micro_batch_size=2))
+    assert found == close(loss.item())
+    assert_gradient(model, parameters_to_vector([weight.grad for weight in plain.parameters()]))
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -647,33 +551,36 @@ TEXT = st.lists(ODD | LETTERS, max_size=8).map("".join)
 @EACH_TOKENIZER
 @given(texts=st.tuples(TEXT, TEXT, TEXT))
 @example(["x <|endoftext|> y</s>\n\nB:\n> z\n\nBetter: A"] * 3)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_no_text_forges_the_frame_or_becomes_a_special_token(tokenizer, texts):
-    """The question's lines read back: the frame's, once and in order, and between the texts' own."""
-    prompt, a, b = map(osp.quoted, texts)
-    lines = osp.JUDGE_FRAME.format(prompt=prompt, a=a, b=b).splitlines()
-    frame = [line for line in lines if line and not line.startswith("> ")]
-    assert frame == ["Which response is better, A or B?", "Prompt:", "A:", "B:", "Better:"]
-    starts = [lines.index(line) for line in frame[1:]]
-    for text, start, end in zip(texts, starts, starts[1:]):
-        said = [line[2:] for line in lines[start + 1 : end - 1]]
-        assert said == ([line for line in text.splitlines() if line.strip()] or [""])
+    """The lines of the question are those of the frame, and those of the texts with a mark each."""
+    x, a, b = texts
+    expected = ["Which response is better, A or B?"]
+    for name, text in (("Prompt:", "Human: " + x), ("A:", a), ("B:", b)):
+        own = [line for line in text.splitlines() if line.strip()] or [""]
+        expected += ["", name, *("> " + line for line in own)]
+    assert osp.judge_question(chat(x), a, b).splitlines() == [*expected, "", "Better:"]
     specials, counts = set(tokenizer.all_special_ids) - {tokenizer.unk_token_id}, []
-    for x, y, z in (texts, "pxy"):
-        asked = osp.encode_questions(tokenizer, [x], [y], [z]) + osp.encode_prompts(tokenizer, ["p" + x])
+    for x, a, b in (texts, "pxy"):
+        asked = osp.encode_questions(tokenizer, [x], [a], [b]) + osp.encode_prompts(tokenizer, ["p" + x])
         asked += osp.encode_responses(tokenizer, ["p"], [x], 9999)
         counts.append([sum(i in specials for i in ids) for ids in asked])
-        assert asked[-1][-1] == tokenizer.eos_token_id
     assert counts[0] == counts[1]
 
 
 def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
     turns = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
     assert osp.framed(TALK, "hi") == "<|user|>\nhi<|endoftext|>\n<|assistant|>\n"
-    assert osp.as_messages(turns) == chat("a", "b", "c")
-    assert osp.framed(TALK, turns).count("<|assistant|>") == 2
-    assert osp.framed(BYTES, osp.as_messages(turns)) == turns
+    assert osp.framed(TALK, turns) == osp.framed(TALK, chat("a", "b", "c"))
+    assert osp.framed(BYTES, chat("a", "b", "c")) == turns
     assert osp.encode_prompts(PIECES, ["hi"])[0].count(PIECES.bos_token_id) == 1
+
+
+@EACH_TOKENIZER
+def test_responses_end_in_eos_unless_they_are_cut(tokenizer):
+    whole, cut = osp.encode_responses(tokenizer, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
+    assert tokenizer.decode(whole).strip() == "the cat" + tokenizer.eos_token
+    assert len(cut) == 12 and tokenizer.eos_token_id not in cut
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -683,8 +590,8 @@ TLDR = {"info": {"post": "long", "title": "t", "subreddit": "s"}, "choice": 1,
 SYSTEM = {"role": "system", "content": "s"}
 
 
-def texts(head=""):
-    return {"chosen": head + " good", "rejected": head + " bad"}
+def texts(head="", good=" good"):
+    return {"chosen": head + good, "rejected": head + " bad"}
 
 
 def chats(*turns, start=0):
@@ -693,239 +600,165 @@ def chats(*turns, start=0):
 
 FORMATS = {  # name -> a raw row, its prompt; the responses are always good and bad, where there are any
     "hh": (texts(HEAD), HEAD),
-    "standard": ({"prompt": "The sky is"} | texts(), "The sky is"),
+    "standard": ({"prompt": "The sky is \n"} | texts(), "The sky is"),
     "conversational": ({"prompt": chat("q")} | chats("q", start=1), chat("q")),
     "conversational implicit": (chats("q"), chat("q")),
-    "ultrafeedback": ({"prompt": "q", "score_chosen": 8.0} | chats("q"), chat("q")),
-    "system message": ({"prompt": [SYSTEM, *chat("q")]} | chats("q"), [SYSTEM, *chat("q")]),
+    "ultrafeedback": ({"prompt": "q", "score": 8.0} | chats("q\n"), chat("q")),
     "shared turns": ({"prompt": chat("q")} | chats("q", "a", "r", start=1), chat("q", "a", "r")),
     "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
-    "chat prompt, text responses": ({"prompt": chat("q")} | texts(), chat("q")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
-    "system beside a prompt": ({"prompt": "q", "system": "s"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
-    "chat prompts": ({"prompt": chat("q", "a", "r")}, chat("q", "a", "r")),
-    "kto": ({"prompt": "q", "completion": "c", "label": True}, "q"),
-    "a blank at the end": ({"prompt": "The sky is \n"} | texts(), "The sky is"),
-    "parts of text": ({"prompt": [{"role": "user", "content": [
-        {"type": "text", "text": "The sky "}, {"type": "text", "text": "is"}]}]}, chat("The sky is")),
-    "a turn that is repeated with another key": (
-        {"prompt": chat("q")} | {name: [chat("q\n")[0] | {"weight": 1}, *chat("", text)[1:]]
-                                 for name, text in texts().items()}, chat("q")),
-}
-WRITERS = {
-    ".jsonl": datasets.Dataset.to_json, ".parquet": datasets.Dataset.to_parquet,
-    ".csv": datasets.Dataset.to_csv, ".tsv": functools.partial(datasets.Dataset.to_csv, sep="\t"),
-    ".json": functools.partial(datasets.Dataset.to_json, lines=False),
-    ".jsonl.gz": functools.partial(datasets.Dataset.to_json, compression="gzip"),
-    "": datasets.Dataset.save_to_disk}
-FILES = [(name, ".jsonl") for name in FORMATS] + [("hh", suffix) for suffix in WRITERS]
-FILES += [("conversational", suffix) for suffix in (".parquet", ".json", "")]
+    "parts": ({"prompt": chat([{"type": "text", "text": "The "}, {"text": "sky"}])}, chat("The sky"))}
+WRITERS = {".jsonl": datasets.Dataset.to_json, ".csv": datasets.Dataset.to_csv,
+           ".parquet": datasets.Dataset.to_parquet, "": datasets.Dataset.save_to_disk}
+FILES = [(name, ".jsonl") for name in FORMATS]
+FILES += [("hh", ".csv"), ("conversational", ".parquet"), ("conversational", "")]
 
 
-@pytest.mark.parametrize("name, suffix", FILES)
+@mark.parametrize("name, suffix", FILES)
 def test_every_format_of_data(tmp_path, name, suffix):
     raw, prompt = FORMATS[name]
     path = str(tmp_path / f"data{suffix}")
     WRITERS[suffix](datasets.Dataset.from_list([raw] * 3), path)
-    has_pairs = {"chosen", "summaries"} & raw.keys()
-    expected = {"prompt": prompt} | ({"chosen": "good", "rejected": "bad"} if has_pairs else {})
-    assert osp.load_preferences(path) == [expected] * 3
+    responses = {} if name == "parts" else {"chosen": "good", "rejected": "bad"}
+    assert load_preferences(path) == [{"prompt": prompt} | responses] * 3
 
 
-HI = "\n\nHuman: q\n\nAssistant:"
-DROPPED = [
-    ({"chosen": HI, "rejected": HI + " b"}, "a prompt, response or turn without text"),
-    ({"chosen": HI + " a", "rejected": HI + " a "}, "identical responses"),
-    ({"chosen": HI + " a\n\nHuman: r\n\nAssistant: c", "rejected": HI + " b"}, "a role marker inside"),
-    ({"chosen": "\n\nHuman: x\n\nAssistant: a", "rejected": HI + " a"}, "a role marker inside"),
-    ({"chosen": "The sky is blue", "rejected": "The sky is red"}, "a prompt, response or turn without"),
-    ({"chosen": None, "rejected": HI}, "a prompt, response or turn without"),
-    ({"prompt": None, "chosen": HI + " a", "rejected": HI + " b"}, "a prompt, response or turn without"),
-    ({"prompt": chat("q", "", "r")}, "a prompt, response or turn without"),
-    ({"prompt": chat("q", "\u200b", "r")}, "a prompt, response or turn without"),
-    (TLDR | {"info": TLDR["info"] | {"post": None}}, "not a TL;DR post"),
+@mark.parametrize("raw, why", [
+    (texts(HEAD, ""), "without text"),
+    (texts("The sky is"), "without text"),
+    ({"prompt": None} | texts(), "without text"),
+    ({"prompt": chat("q", "\u200b", "r")}, "without text"),
+    (texts(HEAD, " bad "), "identical responses"),
+    (texts(HEAD, " good\n\nHuman: r\n\nAssistant: c"), "a role marker inside"),
+    ({"prompt": chat("q", "a")}, "does not end with a user's"),
+    (chats("q", "a"), "not one assistant's message"),
+    (TLDR | {"info": {"post": None}}, "not a TL;DR post"),
     ({"prompt": [{"from": "human", "value": "q"}]}, "not in the format"),
-    ({"prompt": "p", "chosen": ["a"], "rejected": ["b"]}, "not in the format")]
-UNREADABLE = [
+])
+def test_a_row_is_dropped_for_a_reason(raw, why):
+    assert why in osp.parse_row(raw)
+
+
+@mark.parametrize("content, expected", [
     ('{"text": "a"}', "fit no known format"),
-    ('{"prompt": "p"}\n{"prompt": oops}\n{"prompt": "q"}', "Cannot read .*data.jsonl"),
-    ("not json", "Cannot read"), ("", "Cannot read"), (None, "No such file")]
-UNREADABLE += [(json.dumps(raw), f"No train row is left .1 dropped: {why}") for raw, why in DROPPED]
-
-
-@pytest.mark.parametrize("content, expected", UNREADABLE)
+    ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
+    ('{"prompt": ""}', "no train row is left; 1 dropped: a prompt, response or turn without text")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-    path = tmp_path / "data.jsonl"
-    if content is not None:
-        path.write_text(content)
+    with stopped("No such file"):
+        load_preferences(str(tmp_path / "data.jsonl"))
+    (tmp_path / "data.jsonl").write_text(content)
     with stopped(expected):
-        osp.load_preferences(str(path))
+        load_preferences(str(tmp_path / "data.jsonl"))
 
 
-def data_of(path, more="", tokenizer=BYTES, others=()):
+def data_of(path, more="", *others):
     """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
-    return osp.load_data([(rotary(len(tokenizer)), tokenizer), *others], args)
+    return osp.load_data([(rotary(), BYTES), *others], args)
 
 
-def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch, capsys):
-    """Of 20,000, half of them unusable: held-out ones and those to train on, no prompt in both."""
-    rows, read, parse_row = [], [], osp.parse_row
-    for i in range(20_000):
-        rows.append({"prompt": f"what is {i % 7001} ?", "chosen": "good", "rejected": "bad" * (i % 2)})
-    path = write_lines(tmp_path / "many.jsonl", rows)
-    monkeypatch.setattr(osp, "parse_row", lambda raw: read.append(raw) or parse_row(raw))
-    data = data_of(path, """--sft_max_steps 5 --sft_batch_size 8 --num_train_prompts 20
-        --num_eval_prompts 9 --num_eval_pairs 10""")
-    assert len(read) <= 2000
+def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
+    """Of 20,000, half of them unusable. No prompt is both trained on and held out."""
+    rows = [{"prompt": f"what is {i % 7001} ?"} | texts("", "good" * (i % 2)) for i in range(20_000)]
+    monkeypatch.setattr(osp, "parse_row", mock.Mock(wraps=osp.parse_row))
+    data = data_of(write_lines(tmp_path / "many.jsonl", rows), """--sft_max_steps 5 --sft_batch_size 8
+        --num_train_prompts 20 --num_eval_prompts 9 --num_eval_pairs 10""")
+    assert osp.parse_row.call_count <= 2000
     assert (len(data.rows), len(data.held_out)) == (20, 9)
-    assert 70 < len(data.sft_pairs) <= 80
-    sets = data.sft_pairs, data.held_out_pairs
-    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in sets]
+    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in (data[0], data.held_out_pairs)]
+    assert 60 < len(trained) <= 80
     assert not trained & held_out
     assert {row.prompt for row in data.rows} <= trained
     assert {row.prompt for row in data.held_out} <= held_out
-    assert f"{len(data.sft_pairs)} rows to train on, of 20000; SFT: True" in capsys.readouterr().out
-    assert len(osp.load_preferences(path)) == 10_000
 
 
-@pytest.mark.parametrize("train, test", [("chat prompts", "hh"), ("hh", "chat prompts")])
+@mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
 def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
-    splits = {split: datasets.Dataset.from_list([FORMATS[name][0]])
-              for split, name in (("train", train), ("test", test))}
-    datasets.DatasetDict(splits).save_to_disk(tmp_path)
-    assert [bool(part) for part in data_of(tmp_path)[:4]] == [train == "hh", True, True, test == "hh"]
-    assert not data_of(tmp_path, "--sft False").sft_pairs
+    own, held_out = [datasets.Dataset.from_list([FORMATS[name][0]]) for name in (train, test)]
+    datasets.DatasetDict(train=own, test=held_out).save_to_disk(tmp_path)
+    data = data_of(tmp_path)
+    assert [bool(data.sft_pairs), bool(data.held_out_pairs)] == [train == "hh", test == "hh"]
 
 
-def test_rows_that_do_not_fit_or_that_the_template_refuses_are_counted(tmp_path, capsys):
+def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
-    tokenizer = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
-    bad = [[SYSTEM, *chat("hi")], chat("the cat sat on the mat " * 200), chat("held")]
-    write_lines(tmp_path / "test.jsonl", [{"prompt": chat("held")}])
-    write_lines(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in [*bad, chat("hi")]])
-    for own, others in ((tokenizer, []), (BYTES, [(rotary(), tokenizer)])):
-        data = data_of(tmp_path, "", own, others)
-        assert [row.prompt for row in data.rows + data.held_out] == [chat("hi"), chat("held")]
-        said = capsys.readouterr().out
-        for why in ("the chat template refuses it", "too long"):
-            assert f"1 dropped: {why}" in said
-    write_lines(tmp_path / "train.jsonl", [{"prompt": prompt} for prompt in bad])
-    with stopped("No training row is left: the prompts of all are held out"):
-        data_of(tmp_path, tokenizer=tokenizer)
+    strict = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
+    prompts = [[SYSTEM, *chat("hi")], chat("the cat sat on the mat " * 200), chat("hi"), chat("x")]
+    write_lines(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in prompts])
+    data = data_of(tmp_path / "data.jsonl", "", (rotary(), strict))
+    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "x"}
+    shown = capsys.readouterr().out
+    assert "1 dropped: the chat template refuses it" in shown and "1 dropped: too long" in shown
 
 
-OF_ONE = "the prompts of all are held out"
-
-
-@pytest.mark.parametrize("name, read, ignored, sentence", [
-    ("hh", "chosen rejected", "extra", OF_ONE),  # a transcript holds its prompt
-    ("conversational implicit", "chosen rejected", "extra", OF_ONE),
-    ("orca", "chosen question rejected system", "extra", OF_ONE),
-    ("kto", "prompt", "completion extra label", OF_ONE),
-    (None, "chosen rejected", "extra", "1 dropped: a prompt, response or turn without text"),
-])
-def test_a_run_says_what_it_reads_and_on_one_row_ends_in_one_sentence(
-        tmp_path, capsys, name, read, ignored, sentence):
-    raw, prompt = FORMATS.get(name, (texts(), None))
+def test_a_run_says_what_it_reads_and_on_one_row_ends_in_one_sentence(tmp_path, capsys):
     path = tmp_path / "data.parquet"
-    pd.DataFrame([raw | {"extra": "q"}]).to_parquet(path)  # pandas writes large_string
-    with stopped(sentence):
+    pd.DataFrame([texts(HEAD) | {"extra": "q"}]).to_parquet(path)  # pandas writes large_string
+    with stopped("the prompts of all are held out"):
         data_of(path)
-    first, *shown = capsys.readouterr().out.splitlines()
-    assert first == f"columns read: {read} - ignored: {ignored}"
-    if name:
-        responses = ["good", "bad"] if "chosen" in raw else []
-        assert shown[0] == "the first row: "
-        assert [part.strip() for part in shown[1:]] == [repr(str(part)) for part in (prompt, *responses)]
-
-
-def test_a_prompt_keeps_all_its_responses():
-    pairs = [("a", "x", "y"), ("b", "p", "q"), ("a", "z", "w"), ("c", "r", "s")]
-    found = osp.distinct_prompts(BYTES, pairs, 2)
-    a, b = osp.encode_prompts(BYTES, ["a", "b"])
-    assert found == [osp.Row("a", a, 0, [["x", "y"], ["z", "w"]]), osp.Row("b", b, 1, [["p", "q"]])]
+    said = capsys.readouterr().out
+    assert said.startswith("training rows: 1 of the columns chosen, rejected\n")
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
 SCRAP = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | TEXT,
+    st.none() | st.integers() | st.floats() | TEXT,
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6)
 TURNS = st.lists(TEXT, min_size=1, max_size=4).map(lambda texts: chat(*texts))
-SENSIBLE = TEXT | TURNS | st.just(TLDR["info"])
+READ = st.sampled_from("prompt question system chosen rejected info summaries choice".split())
 
 
-@pytest.mark.parametrize("columns", [
-    "prompt", "prompt chosen rejected", "chosen rejected", "system question chosen rejected",
-    "info summaries choice"])
-@given(st.data())
+@given(st.dictionaries(READ, SCRAP | TEXT | TURNS | st.just(TLDR["info"])))
 @settings(max_examples=100, deadline=None)
-def test_whatever_stands_in_a_row_it_is_parsed_or_counted(columns, data):
-    parsed = osp.parse_row({column: data.draw(SCRAP | SENSIBLE) for column in columns.split()})
-    if isinstance(parsed, str):
+def test_whatever_stands_in_a_row_it_is_parsed_or_counted(raw):
+    parsed = osp.parse_row(raw)
+    if isinstance(parsed, tuple):
+        prompt, *responses = parsed
+        assert osp.transcript(prompt).strip()
+        assert len(set(responses)) == len(responses) in (0, 2)
+        assert all(response and response.strip() == response for response in responses)
+    else:
         assert parsed.strip()  # why it is dropped
-        return
-    prompt, *responses = parsed
-    texts = [prompt]
-    if not isinstance(prompt, str):
-        texts = [turn[key] for turn in prompt for key in turn]
-        assert all(turn.keys() == {"role", "content"} for turn in prompt)
-    assert all(isinstance(text, str) for text in texts)
-    assert "".join(texts).strip()
-    assert len(set(responses)) == len(responses) == (0 if columns == "prompt" else 2)
-    assert all(response and response.strip() == response for response in responses)
 
 
 # Built-in task ------------------------------------------------------------------------------------
-RAIN = "\n\nHuman: tell my boss about rain now\n\nAssistant:"
-
-
-@pytest.mark.parametrize("response, gold", [
-    ("rain is gentle .", 0.75), ("snow is ugly .", -0.75), ("", 0),
-    ("rain is ugly . snow is gentle .", 0),
-    ("rain is gentle . rain is gentle .", 0.75), ("rain is gentle", 0), ("rain is gentle now .", 0),
+@mark.parametrize("response, gold", [
+    ("rain is gentle .", 0.75), ("snow is ugly .", -0.75), ("rain is gentle", 0),
+    ("rain is gentle . rain is gentle .", 0.75), ("rain is gentle now . rain is ugly .", 0.25),
     ("rain is warm . rain is calm . rain is sweet . rain is lovely .", 2.25)])
 def test_gold_reward_by_hand(response, gold):
     assert osp.gold_reward(RAIN, response) == gold
+    strength = osp.true_strength(RAIN, response, "rain is gentle .")
+    assert strength == approx(1 / (1 + math.exp(4 * (0.75 - gold))))
 
 
 def test_built_in_task():
-    """Disjoint prompts; strengths that spread; labels drawn with the true strength."""
-    strength = osp.true_strength(RAIN, "rain is gentle .", "rain is ugly .")
-    assert strength == pytest.approx(1 / (1 + math.exp(-2)))
-    rows = [osp.load_preferences(None, split) for split in ("train", "test", "ood")]
-    train, test, ood = [{row["prompt"] for row in found} for found in rows]
-    assert len(train) > 1000 and len(test) >= 256 and len(ood) >= 256
-    assert not train & test
+    """Disjoint prompts; labels drawn with the true strength."""
+    train, test, ood = [{*osp.builtin_prompts(split)} for split in ("train", "test", "ood")]
     words = {*osp.TOPICS, *osp.PEOPLE}
-    known = {frozenset(words & {*text.split()}) for text in train | test}
-    assert not known & {frozenset(words & {*text.split()}) for text in ood}  # no such couple
-    p = np.array([osp.true_strength(*row.values()) for row in rows[0]])
-    sure = np.maximum(p, 1 - p)
-    assert np.mean((sure > 0.55) & (sure < 0.95)) > 1 / 3
+    known, new = [{frozenset(words & {*text.split()}) for text in part} for part in (train | test, ood)]
+    assert not train & test
+    assert not known & new  # no such couple
+    p = np.array([osp.true_strength(*row.values()) for row in load_preferences(None)])
+    p = p[p != 0.5]
     # some 7,000 draws, the standard error of whose mean is at most 0.5 / sqrt(7000) = 0.006
-    assert np.mean(p[p != 0.5] > 0.5) == pytest.approx(np.mean(sure[p != 0.5]), abs=0.02)
+    assert np.mean(p > 0.5) == approx(np.mean(np.maximum(p, 1 - p)), abs=0.02)
 
 
 # Wrong input --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("words, expected", [
+@mark.parametrize("words, expected", [
     ("--num_generations 1", "--num_generations is 1: it must be at least 2"),
-    ("--beta 0", "--beta is 0.0: it must be above 0"),
     ("--learning_rate nan", "--learning_rate is nan"),
     ("--num_generations 2.5", "num_generations.*2.5"),
     ("--learning_rte 1", "unrecognized arguments: --learning_rte 1"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
-    ("--lr_scheduler_type wavy", "wavy"),
     ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
-    ("--dataset_train_split nope", "'nope': give --dataset_train_split one of train, test, ood"),
-    ("--dataset_test_split nope", "'nope': give --dataset_test_split one of train, test, ood"),
+    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of train, test, ood"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models"),
-    ("--method tso --matrix_model_names_or_paths no/such", "Cannot read 'no/such'"),
     ("--chat_template_kwargs {oops", "chat_template_kwargs"),
-    ("--chat_template_kwargs [1]", "chat_template_kwargs"),
 ])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     with stopped(expected):
@@ -933,124 +766,92 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     assert not (tmp_path / "run").exists()
 
 
-def bert():
-    config = dict(vocab_size=len(BYTES), hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
-    return transformers.BertForMaskedLM(transformers.BertConfig(**config))
-
-
-def broken():
-    """One row of one matrix is NaN."""
-    model = rotary(len(BYTES))
-    model.model.embed_tokens.weight.data[7] = math.nan
+def layered(layers=3):
+    """Its configuration says another number of layers than its weights have, which is 2."""
+    model = rotary()
+    model.config.num_hidden_layers = layers
     return model
 
 
-def noisy():
-    """It reads its dropout from the configuration at each call."""
-    return tiny(transformers.FalconConfig, len(BYTES), hidden_size=32, num_hidden_layers=2,
-                num_attention_heads=4, hidden_dropout=0.5, alibi=False)
+def broken(part="model.embed_tokens"):
+    """A column of one matrix is NaN."""
+    model = rotary()
+    model.get_submodule(part).weight.data[:, 7] = math.nan
+    return model
 
 
-def recurrent():
-    """It has no keys and values."""
-    return transformers.MambaForCausalLM(transformers.MambaConfig(
-        vocab_size=len(BYTES), hidden_size=32, state_size=8, num_hidden_layers=2))
+UNFIT = "causal|noise|differ"
 
 
-@pytest.mark.parametrize("make, eos, expected", [
-    (bert, "<|endoftext|>", "causal language model"),
-    (lambda: rotary(len(BYTES) - 1), "<|endoftext|>", "embeds only"),
-    (lambda: rotary(len(BYTES)), None, "no EOS token"),
-    (broken, "<|endoftext|>", "not finite numbers .NaN., such as model.embed_tokens.weight"),
-    (noisy, "<|endoftext|>", "draws noise"),
-    (recurrent, "<|endoftext|>", "with a cache, or in batches, its log-probabilities differ")])
-def test_models_that_do_not_fit_are_refused(tmp_path, make, eos, expected):
-    tokenizer = byte_level_tokenizer()
-    tokenizer.eos_token = eos
+@mark.parametrize("make, expected", [
+    (lambda: rotary(99), "embeds only"),
+    (layered, "lacks weights, such as model.layers.2"),
+    (broken, "NaN.*model.embed_tokens.weight"),
+    (functools.partial(tiny, transformers.BertConfig), UNFIT),  # it sees what follows
+    (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), UNFIT),
+    (functools.partial(tiny, transformers.MambaConfig, state_size=8), UNFIT)])  # it has no keys
+def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
     with stopped(expected):
-        osp.load_model(saved(tmp_path, tokenizer, make()), arguments())
+        loaded(tmp_path, make())
 
 
-def test_weights_that_are_missing_or_match_nothing_are_named(tmp_path, capsys):
-    folder = Path(saved(tmp_path, BYTES, rotary(len(BYTES))))
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    weights["model.layers.9.odd"] = torch.zeros(2)
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    osp.load_model(str(folder), arguments())
-    assert "match nothing: ['model.layers.9.odd']" in capsys.readouterr().out
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    with stopped("lacks weights, such as model.layers.1.mlp.up_proj.weight"):
-        osp.load_model(str(folder), arguments())
+def test_a_tokenizer_without_eos_is_refused(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.eos_token = None
+    with stopped("no EOS token"):
+        loaded(tmp_path, rotary(), tokenizer)
+
+
+def test_weights_that_match_nothing_are_named(tmp_path, capsys):
+    loaded(tmp_path, layered(1))
+    assert "match nothing, such as model.layers.1" in capsys.readouterr().out
 
 
 def test_a_model_with_recurrent_layers_runs_by_plain_passes(tmp_path, capsys):
-    model, _ = osp.load_model(saved(tmp_path, BYTES, hybrid(len(BYTES))), arguments())
-    assert not model.shares_prompts
+    model, prompt, responses = loaded(tmp_path, hybrid()), [5, 6, 7], [[4, 3], [8]]
     assert "plain passes" in capsys.readouterr().out
-    prompts, responses = [[5, 6, 7, 8], [9], [5, 6, 7, 8]], [[4, 3], [8, 8, 7], [6]]
-    slow = [naive_logps(model, *texts).item() for texts in zip(prompts, responses)]
-    assert osp.response_logps(model, prompts, responses).tolist() == pytest.approx(slow, abs=CLOSE)
-    questions = [("hi", "rain", "the mat ."), ("hi", "mat", "x")]
-    found = osp.verdict_probabilities(model, BYTES, *zip(*questions))
-    assert found == pytest.approx([asked_alone(model, BYTES, *one) for one in questions], abs=CLOSE)
+    slow = [naive_logps(model, prompt, response).item() for response in responses]
+    assert osp.response_logps(model, [prompt] * 2, responses).tolist() == close(slow)
 
 
-def test_ids_that_the_tokenizer_does_not_have_are_never_sampled():
-    model = rotary(40)
-    model.words = 8
-    noise = torch.full((1, 50), 0.999999, dtype=torch.float64)
-    assert osp.sample(model, [[3]], noise, 1.0, [1]) == [[7] * 50]
+def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path):
+    model = loaded(tmp_path, rotary(len(BYTES) + 999))
+    [ids] = osp.sample(model, [[3]], torch.full((1, 9), 0.999999).double(), 1.0, [1])
+    assert max(ids) < len(BYTES)
 
 
-TURN = LOOP + "<{{ m.role }}>{{ m.content }}<end>{% endfor %}"
-OPENING = "{% if add_generation_prompt %}<assistant>"
-PARTS = "{% for part in m.content %}{{ part.text }}{% endfor %}"
+PLAIN = "<user>hi<end><assistant>|the cat"
 
 
-@pytest.mark.parametrize("template, expected", [
-    (TURN + OPENING + "{% endif %}", ("<user>hi<end><assistant>", "")),
-    (TURN + OPENING + "\n{% endif %}", ("<user>hi<end><assistant>\n", "")),
-    (TURN.replace("m.content", "' ' + m.content") + OPENING + "{% endif %}",
-     ("<user> hi<end><assistant>", " ")),
-    (TURN.replace("{{ m.content", "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content")
-     + OPENING + "{% endif %}", ("<user>hi<end><assistant><think></think>", "")),
-    (TURN.replace("{{ m.content }}", PARTS) + OPENING + "{% endif %}", ("<user>hi<end><assistant>", "")),
-    (TURN + OPENING + "<think>{% endif %}", "enable_thinking"),
-    (LOOP + "{% endfor %}" + OPENING + "{% endif %}", "leaves out the prompt")])
-def test_what_stands_before_an_answer_is_read_off_the_template(template, expected):
-    tokenizer = byte_level_tokenizer(template)
-    if isinstance(expected, str):
+@mark.parametrize("content, opening, expected", [
+    ("{{ m.content }}", "", PLAIN),
+    (" {{ m.content }}", "", "<user> hi<end><assistant>| the cat"),
+    ("{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}", "",
+     "<user>hi<end><assistant><think></think>|the cat"),
+    ("{% for part in m.content %}{{ part.text }}{% endfor %}", "", PLAIN),
+    ("{{ m.content }}", "<think>", "enable_thinking"),
+    ("", "", "leaves out the prompt")])
+def test_what_stands_before_an_answer_is_read_off_the_template(content, opening, expected):
+    tokenizer = byte_level_tokenizer(
+        LOOP + "<{{ m.role }}>" + content + "<end>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>" + opening + "{% endif %}")
+    if "|" not in expected:
         with stopped(expected):
             osp.framed(tokenizer, "hi")
         return
-    assert (osp.framed(tokenizer, "hi"), osp.template_habits(tokenizer)[2]) == expected
     [ids] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99)
-    assert tokenizer.decode(ids) == expected[1] + "the cat<|endoftext|>"
+    assert osp.framed(tokenizer, "hi") + "|" + tokenizer.decode(ids[:-1]) == expected
 
 
-def test_help_shows_both_defaults(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        arguments("--help")
-    said = " ".join(capsys.readouterr().out.split())
-    assert "peak learning rate (default: 1e-06)" in said
-    assert re.search('Defaults of the built-in task: .*"learning_rate": 0.001,', said)
+def test_the_built_in_task_has_defaults_of_its_own():
     rates = [arguments(words).learning_rate for words in ("", "--model_name_or_path m")]
     assert rates == [0.001, 1e-6]
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path):
-    folder = saved(tmp_path, byte_level_tokenizer("{{ enable_thinking }}" + CHAT))
-    _, loaded = osp.load_model(folder, arguments('--chat_template_kwargs {"enable_thinking":false}'))
-    assert osp.framed(loaded, "hi").startswith("False<|user|>")
-
-
-def test_dropout_is_zero_and_stays_in_the_saved_configuration(tmp_path):
-    model, _ = osp.load_model(saved(tmp_path, BYTES, absolute(len(BYTES))), arguments())
-    ids = torch.tensor([[3, 4, 5]])
-    with torch.no_grad():
-        assert torch.equal(model.train()(input_ids=ids).logits, model.eval()(input_ids=ids).logits)
-    assert model.config.resid_pdrop == model.config.attn_pdrop == 0.1
+    folder = saved(tmp_path, rotary(), byte_level_tokenizer("{{ enable_thinking }}" + CHAT))
+    _, tokenizer = osp.load_model(folder, arguments('--chat_template_kwargs {"enable_thinking":false}'))
+    assert osp.framed(tokenizer, "hi").startswith("False<|user|>")
 
 
 # End to end ---------------------------------------------------------------------------------------
@@ -1058,7 +859,6 @@ QUICK = """--sft_max_steps 3 --sft_batch_size 4 --num_train_prompts 12 --num_tra
     --save_steps 2 --prompts_per_step 4 --num_generations 4 --num_eval_prompts 8 --num_eval_pairs 8
     --eval_steps 4"""
 MORE_OF = {"osp": "", "tso": "--method tso --reference_steps 3 --label_margin 1e-6"}
-CLOCK = ("seconds", "tokens_per_second")
 
 
 def command(folder, *more):
@@ -1066,79 +866,43 @@ def command(folder, *more):
     return " ".join([QUICK, "--output_dir", str(folder), *more]).split()
 
 
-def timeless(figures):
-    return {name: value for name, value in figures.items() if not name.startswith(CLOCK)}
-
-
 def weights_in(folder):
-    return transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict()
-
-
-def state_of(checkpoint):
-    return torch.load(checkpoint, weights_only=True)
+    """All weights of a model, one after the other."""
+    return weights_of(transformers.AutoModelForCausalLM.from_pretrained(folder))
 
 
 def read_run(folder):
-    """The summary, the metrics and the weights of a run, without what a clock measured."""
-    summary = timeless(json.loads((folder / "summary.json").read_text()))
-    lines = [timeless(json.loads(line)) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The summary, the metrics and the weights of a run."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    summary = json.loads((folder / "summary.json").read_text())
     return types.SimpleNamespace(folder=folder, summary=summary, lines=lines, weights=weights_in(folder))
 
 
 def run(folder, *more):
     """A whole quick run, and what it `said`."""
     with redirect_stdout(io.StringIO()) as said:
-        summary = osp.main(command(folder, *more))
+        osp.main(command(folder, *more))
     found = read_run(folder)
     found.said = said.getvalue()
-    assert timeless(summary) == found.summary
     return found
-
-
-def same_weights(one, two):
-    return all(torch.equal(one[name], two[name]) for name in one)
 
 
 def same_runs(one, two):
     same_figures = (one.summary, one.lines) == (two.summary, two.lines)
-    return same_figures and same_weights(one.weights, two.weights)
-
-
-@contextmanager
-def copied_on_the_way(number):
-    """Runs leave copies of their folders, <folder>-in-sft before SFT is saved and <folder>-in-step
-    before the step of this number. A run that is killed there leaves the same."""
-    save_sft, measured_step = osp.save_sft, osp.measured_step
-
-    def save(models, args):
-        shutil.copytree(args.output_dir, f"{args.output_dir}-in-sft")
-        return save_sft(models, args)
-
-    def measure(models, rows, method, step, args):
-        if step + 1 == number:
-            shutil.copytree(args.output_dir, f"{args.output_dir}-in-step")
-        return measured_step(models, rows, method, step, args)
-
-    with mock.patch.multiple(osp, save_sft=save, measured_step=measure):
-        yield
+    return same_figures and torch.equal(one.weights, two.weights)
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
-    """A run of each method, by its name, with copies on its way. No test may change them."""
+    """A run of each method, by its name. No test may change them."""
     folder = tmp_path_factory.mktemp("finished")
-    with copied_on_the_way(6):
-        return {method: run(folder / method, more) for method, more in MORE_OF.items()}
+    return {method: run(folder / method, more) for method, more in MORE_OF.items()}
 
 
-def copied(run, where, folder):
-    """A copy of a run's folder, or of one on its way, as if its command had made it here."""
-    folder /= "run"
-    shutil.copytree(f"{run.folder}{where}", folder)
-    arguments = folder / "arguments.json"
-    if arguments.exists():
-        arguments.write_text(arguments.read_text().replace(str(run.folder), str(folder)))
-    return folder
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory):
+    """The folder of OSP's run, killed before its last step."""
+    return killed(tmp_path_factory.mktemp("broken") / "run", "", osp, "train_step", 6)
 
 
 @pytest.fixture(scope="module")
@@ -1146,156 +910,120 @@ def real(tmp_path_factory):
     """A folder with a random `model` in bf16 with a chat template; arguments to train it on prompts."""
     folder = tmp_path_factory.mktemp("real")
     data = write_lines(folder / "prompts.jsonl", [{"prompt": chat(f"what is {i} ?")} for i in range(40)])
-    model = saved(folder / "model")
+    model = saved(folder / "model", rotary().bfloat16(), TALK)
     return folder, f"--model_name_or_path {model} --dataset_name {data} --max_new_tokens 8"
 
 
-def test_every_run_leaves_its_figures_curves_and_a_table(finished):
+def test_every_run_leaves_its_figures_and_a_table(finished):
     run = finished["osp"]
     first, last = run.lines[0], run.lines[-1]
-    assert [line["step"] for line in run.lines] == [1, 2, 3, 4, 5, 6]
-    assert abs(first["kl"]) < 1e-4 and abs(first["margin"]) < 1e-5
-    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
     assert [line["step"] for line in run.lines if "eval_kl" in line] == [4, 6]
-    own = {name.removeprefix("eval_"): value for name, value in last.items() if name.startswith("eval_")}
-    assert own.items() <= run.summary.items()
-    assert (run.folder / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert run.said.count("\n  policy: ") == 3
-    for name in ("gold_reward", "win_rate_vs_sft", "judge_accuracy", "cut_fraction"):
+    assert abs(first["kl"]) < 1e-4
+    assert first["loss"] == approx(math.log(2), abs=1e-5)
+    for name in ("gold_reward", "win_rate_vs_sft", "kl", "cut_fraction"):
+        assert last["eval_" + name] == run.summary[name]
         assert re.search(f"\n{name} .*{run.summary[name]:.3f}\n", run.said)
-    line = (run.folder / "metrics.jsonl").read_text().splitlines()[0]
-    stages = re.findall(r'"seconds_(\w+)": (?!0.0,)', line)
-    assert stages == ["sample", "rank", "judge", "reference", "update"]
 
 
-def test_max_steps_0_only_evaluates_and_arguments_json_is_the_first_file(tmp_path, monkeypatch):
-    replace = mock.Mock(wraps=os.replace)
-    monkeypatch.setattr(os, "replace", replace)
+def test_max_steps_0_only_evaluates(tmp_path):
     found = run(tmp_path, "--max_steps 0")
-    first, *_, last = [call.args[1].name for call in replace.call_args_list]
-    assert (first, last) == ("arguments.json", "summary.json")
     assert found.lines == [] and abs(found.summary["kl"]) < 1e-5
-    assert same_weights(found.weights, weights_in(tmp_path / "sft"))
+    assert torch.equal(found.weights, weights_in(tmp_path / "sft"))
 
 
-@pytest.mark.parametrize("figures, warning", [
-    ({}, None),
-    ({"judge_accuracy": 0.56}, None),  # two standard errors at 400 pairs are 0.05
-    ({"judge_accuracy": 0.54}, "no better than chance"),
-    ({"judge_accuracy": 0.56, "judge_pairs": 100}, "no better than chance"),
-    ({"order_agreement": 0.6}, "two orders disagree"),
-    ({"cut_fraction": 0.6}, "--max_new_tokens"),
-    ({"judge_calibration_error": 0.14}, None),
-    ({"judge_calibration_error": 0.16}, "--sft_num_train_epochs"),
-])
-def test_figures_that_mean_nothing_are_warned_of(figures, warning):
-    good = {"held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "order_agreement": 0.9,
-            "judge_accuracy": 0.9, "judge_pairs": 400}
-    table = osp.report_table(good | figures, "OSP")
-    assert table.count("Warning") == (warning is not None)
-    assert (warning or "") in table
+@mark.parametrize("name, value, warnings", [
+    ("judge_accuracy", 0.56, 0),  # two standard errors at 400 pairs are 0.05
+    ("judge_accuracy", 0.54, 1), ("order_agreement", 0.6, 1), ("cut_fraction", 0.6, 1),
+    ("judge_overconfidence", 0.16, 1), ("strength_spread", 0.01, 1), ("longer_preferred", 0.8, 0),
+    ("response_tokens", 30, 0), ("distinct_4grams", 0.3, 1)])
+def test_figures_that_mean_nothing_are_warned_of(name, value, warnings):
+    good = {
+        "held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "judge_pairs": 400,
+        "judge_accuracy": 0.8, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
+        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10}
+    assert osp.report_table(good | {name: value}, "OSP").count("Warning") == warnings
+    longer = {"response_tokens": 20, "longer_preferred": 0.9, name: value}
+    assert osp.report_table(good | longer, "OSP").count("the longer ones") == (value != 0.8 or 1)
 
 
-@pytest.mark.parametrize("more, self_judged", [
+@mark.parametrize("more, self_judged", [
     ("--gradient_checkpointing", True),
     ("--method tso --label_margin 1e-9 --eval_judge_name_or_path {model}", False)])
 def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real, more, self_judged):
     folder, words = real
     found = run(tmp_path, words, "--max_steps 2", more.format(model=folder / "model"))
     assert found.summary["self_judged"] is self_judged
-    assert (found.summary["prompts"], len(found.lines)) == (12, 2)
     assert not {"gold_reward", "judge_accuracy"} & found.summary.keys()
-    assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
+    assert found.weights.dtype == torch.float32
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
-    assert f"self-judged: {self_judged}" in found.said and "SFT: False" in found.said
 
 
 def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp_path, monkeypatch):
     """While a step is logged the policy and the frozen start are alive, and no third model."""
-    loaded, alive, load_model, step_figures = [], [], osp.load_model, osp.step_figures
+    models, alive, load_model, step_figures = weakref.WeakSet(), [], osp.load_model, osp.step_figures
 
     def load(*args):
         model, tokenizer = load_model(*args)
-        loaded.append(weakref.ref(model))
+        models.add(model)
         return model, tokenizer
 
     def figures(*args):
-        alive.append(sum(ref() is not None for ref in loaded))
+        alive.append(len(models))
         return step_figures(*args)
 
     monkeypatch.setattr(osp, "load_model", load)
     monkeypatch.setattr(osp, "step_figures", figures)
     found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
-    assert {weight.dtype for weight in found.weights.values()} == {torch.float32}
-    assert abs(found.lines[0]["margin"]) < 0.05
+    assert found.weights.dtype == torch.float32
     assert abs(found.lines[0]["kl"]) < 0.3
     assert alive == [2]
 
 
 def test_a_step_of_identical_pairs_makes_no_update(tmp_path, monkeypatch):
-    monkeypatch.setattr(osp, "sample", lambda model, prompt_ids, *_: [[5, 1] for _ in prompt_ids])
-    with copied_on_the_way(2):
-        found = run(tmp_path / "run", "--sft False --max_steps 2 --save_steps 1")
-    counts = [(line["pairs"], line["dropped_identical_pairs"], line.get("loss")) for line in found.lines]
-    assert counts == [(0, 8, None)] * 2
-    assert same_weights(found.weights, osp.builtin_model(0)[0].state_dict())
-    # torch would give a fresh AdamW a step that it never made
-    assert "optimizer" not in state_of(tmp_path / "run-in-step" / "metrics.pt")
-    assert same_runs(run(tmp_path / "run-in-step", "--sft False --max_steps 2 --save_steps 1"), found)
+    """Its checkpoint has no state of an optimiser, and can be gone on with."""
+    monkeypatch.setattr(osp, "sample", lambda model, prompt_ids, *_: [[5, 1]] * len(prompt_ids))
+    more = "--sft False --max_steps 2 --save_steps 1"
+    found = run(killed(tmp_path, more, osp, "train_step", 2), more)
+    assert [line["dropped_identical_pairs"] for line in found.lines] == [8, 8]
+    assert torch.equal(found.weights, weights_of(osp.builtin_model(0)[0]))
 
 
 # Save and resume ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("method, where, lost", [
-    ("osp", "-in-step", "metrics.pt"), ("tso", "-in-step", None), ("osp", "-in-sft", None),
-    ("osp", "-in-sft", "sft.pt")])
-def test_a_run_gone_on_with_equals_one_left_alone(tmp_path, finished, method, where, lost):
-    """With its checkpoint, or without it, which starts the phase anew. The step before has its line."""
-    folder, other = copied(finished[method], where, tmp_path), finished[method]
-    if lost:
-        (folder / lost).unlink()
-    assert same_runs(run(folder, MORE_OF[method]), other)
-    assert files_in(folder).keys() == files_in(other.folder).keys()
+def test_a_run_gone_on_with_equals_one_left_alone(tmp_path, finished):
+    """TSO's checkpoint holds a reference that has moved."""
+    folder = killed(tmp_path, MORE_OF["tso"], osp, "train_step", 6)
+    assert same_runs(run(folder, MORE_OF["tso"]), finished["tso"])
 
 
-def test_a_checkpoint_holds_the_reference_where_it_moves(finished):
-    folder = finished["tso"].folder
-    state = state_of(f"{folder}-in-step/metrics.pt")
-    assert state["step"] == 4
-    assert not same_weights(state["reference"], weights_in(folder / "sft"))
-    assert not same_weights(state["reference"], state["policy"])
-    names = state_of(f"{finished['osp'].folder}-in-step/metrics.pt").keys()
-    assert names == {"step", "scheduler", "policy", "optimizer"}
+def apart(work, *args):
+    """Does work in a process of its own. Returns its exit code, or less the signal that ended it."""
+    process = multiprocessing.get_context("fork").Process(target=work, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
 
 
-def apart(folder, work):
-    """Does work in a process of its own, which writes into folder/said. Returns its exit code, or less
-    the signal that ended it."""
-    if pid := os.fork():
-        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    code = 99
-    try:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        sys.stdout = sys.stderr = (folder / "said").open("a")
-        work()
-        code = 0
-    except SystemExit as end:
-        code = end.code or 0
-    finally:
-        sys.stdout.flush()
-        os._exit(code)
-
-
-def meet(number, owner, name, n, leave=lambda *args: None):
+def meet(number, owner, name, n, leave=lambda *_: None):
     """Makes the n-th call of a function meet a signal, after it has left something half done."""
-    real, calls = getattr(owner, name), itertools.count(1)
+    function, calls = getattr(owner, name), itertools.count(1)
 
     def met(*args, **more):
         if next(calls) == n:
             leave(*args)
             os.kill(os.getpid(), number)
-        return real(*args, **more)
+        return function(*args, **more)
 
     setattr(owner, name, met)
+
+
+def killed(folder, more, *moment):
+    """The folder of a run that a signal ended at this moment."""
+    def die():
+        meet(signal.SIGKILL, *moment)
+        run(folder, more)
+
+    assert apart(die) == -signal.SIGKILL, moment
+    return folder
 
 
 def half_a_file(state, path):
@@ -1308,55 +1036,34 @@ def half_a_line(models, rows, method, step, args):
 
 
 MOMENTS = [
-    (osp, "supervised_tasks", 4),
+    (os, "replace", 1),  # of arguments.json
     (torch, "save", 1, half_a_file),  # sft.pt
     (transformers.PreTrainedTokenizerFast, "save_pretrained", 1),  # in sft/, after its weights
-    (osp, "measured_step", 4, half_a_line),
+    (osp, "train_step", 4, half_a_line),
     (torch, "save", 1, half_a_file),  # metrics.pt
-    (osp, "optimizer_step", 2),
     (transformers.PreTrainedTokenizerFast, "save_pretrained", 1)]  # of the final model
 
 
-def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path):
-    """Real processes, real signals."""
-    more, alone, killed = "--sft_max_steps 7", tmp_path / "alone", tmp_path / "killed"
-    osp.builtin_preferences()  # now, not in each process
-
-    def go_on():
-        osp.main(command(killed, more))
-
-    def die():
-        meet(signal.SIGKILL, *moment)
-        go_on()
-
-    assert apart(tmp_path, lambda: osp.main(command(alone, more))) == 0
+def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path, finished):
     for moment in MOMENTS:
-        assert apart(tmp_path, die) == -signal.SIGKILL, moment
-    assert apart(tmp_path, go_on) == 0, (tmp_path / "said").read_text()
-    assert same_runs(read_run(alone), read_run(killed))
-    files, others = files_in(alone), files_in(killed)
-    assert files.keys() == others.keys()
-    for name in files:
-        if name.endswith((".safetensors", "sft.jsonl")):
-            assert files[name] == others[name]
+        killed(tmp_path, "", *moment)
+    assert same_runs(run(tmp_path), finished["osp"])
+    assert files_in(tmp_path).keys() == files_in(finished["osp"].folder).keys()
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_what_the_command_line_says_of_signals_and_mistakes(tmp_path, number):
+@mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_what_the_command_line_says_of_signals_and_mistakes(tmp_path, capfd, number):
     def typed(*more):
-        sys.argv = [osp.__file__, *command(tmp_path / "run", "--save_steps 1", *more)]
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        meet(number, torch, "save", 1)
+        sys.argv = [osp.__file__, *command(tmp_path, *more)]
         runpy.run_path(osp.__file__, run_name="__main__")
 
-    def interrupted():
-        meet(number, torch, "save", 1)
-        typed()
-
-    assert apart(tmp_path, interrupted) == 130
-    assert apart(tmp_path, lambda: typed("--beta 0.5")) == 2
-    said = (tmp_path / "said").read_text()
+    assert apart(typed) == 130
+    assert apart(typed, "--beta 0.5") == 2
+    said = capfd.readouterr().err
     assert "osp: interrupted; the same command goes on from the last checkpoint.\n" in said
-    assert said.endswith("or remove the folder.\n") and "osp: " + str(tmp_path) in said
-    assert "Traceback" not in said
+    assert said.endswith("or remove the folder.\n") and "Traceback" not in said
 
 
 def locked(folder):
@@ -1366,88 +1073,66 @@ def locked(folder):
     return lock
 
 
-def halved(name):
-    """Leaves the first half of a file."""
-    return lambda folder: os.truncate(folder / name, (folder / name).stat().st_size // 2)
-
-
-@pytest.mark.parametrize("where, change, more, sentence", [
-    ("-in-step", None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
-    ("", None, "--beta 0.5", "beta was 0.1, is 0.5"),
-    ("-in-step", locked, "", "Another process is at work in"),
-    ("-in-step", halved("metrics.pt"), "", "metrics.pt is damaged .*: remove it, and the same command"),
-    ("-in-sft", halved("sft.pt"), "", "sft.pt is damaged"),
-    ("-in-step", lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run"),
-    ("/sft", None, "", "other files and no run: give another --output_dir"),
+@mark.parametrize("change, more, sentence", [
+    (lambda folder: None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
+    (locked, "", "Another process is at work in"),
+    (lambda folder: os.truncate(folder / "metrics.pt", 999), "", "Cannot read the checkpoint .*metrics.pt .*: remove it"),
+    (lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run"),
 ])
 def test_what_cannot_go_on_ends_in_one_sentence_and_changes_nothing(
-        tmp_path, finished, where, change, more, sentence):
-    folder = copied(finished["osp"], where, tmp_path)
-    held = change and change(folder)
+        tmp_path, broken_off, change, more, sentence):
+    folder = shutil.copytree(broken_off, tmp_path / "run")
+    held = change(folder)
     before = files_in(folder)
     with stopped(sentence):
         run(folder, more)
-    assert files_in(folder) == before
+    changed = {name for name, _ in files_in(folder).items() ^ before.items()}
+    assert changed <= {"arguments.json"}  # which names its folder
     del held  # the lock
 
 
 def test_a_finished_run_is_shown_and_not_done_again(monkeypatch, finished):
     monkeypatch.setattr(osp, "load_model", None)
-    for method, found in finished.items():
-        before = files_in(found.folder)
-        again = run(found.folder, MORE_OF[method])
-        assert again.said.startswith("This run was finished before.")
-        assert osp.report_table(found.summary, method.upper()) in again.said
-        assert same_runs(again, found)
-        assert files_in(found.folder) == before
+    found = finished["tso"]
+    before = files_in(found.folder)
+    again = run(found.folder, MORE_OF["tso"])
+    assert osp.report_table(found.summary, "TSO") in again.said
+    assert files_in(found.folder) == before
 
 
 def test_a_full_disk_costs_no_file(tmp_path, monkeypatch, finished):
-    """While the SFT model, a checkpoint or the final model is written; the same command goes on."""
-    folder = copied(finished["osp"], "-in-sft", tmp_path)
-    full = OSError(28, "No space left on device")
-    for owner, name, error in (
-            (osp, "save_model", full), (torch, "save", full), (torch, "save", RuntimeError("torch's"))):
-        before = files_in(folder).keys() - {"sft.pt"}
+    """While the SFT model or a checkpoint is written; the same command goes on."""
+    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
+    for owner, name in ((osp, "save_model"), (torch, "save")):
+        before = files_in(tmp_path).keys() - {"sft.pt"}
         with monkeypatch.context() as patches, stopped("Cannot write .*make room", code=1):
-            patches.setattr(owner, name, mock.Mock(side_effect=error))
-            run(folder)
-        assert before <= files_in(folder).keys()
-    with monkeypatch.context() as patches, stopped("Cannot write .*make room", code=1):
-        patches.setattr(osp, "save_model", mock.Mock(side_effect=full))  # SFT is done: the final one
-        run(folder)
-    assert (folder / "metrics.pt").exists()
-    assert same_runs(run(folder), finished["osp"])
+            patches.setattr(owner, name, full)
+            run(tmp_path, "--sft_max_steps 1")
+        assert before <= files_in(tmp_path).keys()
+    run(tmp_path, "--sft_max_steps 1")
     with stopped("Cannot write .*--output_dir", code=1):
-        run(folder / "summary.json" / "run")
+        run(tmp_path / "summary.json" / "run")
 
 
 # Several processes --------------------------------------------------------------------------------
 TORCHRUN = """
-import json, runpy, shutil, sys
+import functools, json, runpy, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import osp
-measured_step = osp.measured_step
+osp.builtin_preferences = functools.cache(osp.builtin_preferences)
+train_step = osp.train_step
 def measure(models, rows, method, step, args):
-    if step == 1 and osp.RANK == 0 and method.moves_reference:
+    if step == 1 and osp.RANK == 0:
         shutil.copytree(args.output_dir, str(args.output_dir) + '-in-step', dirs_exist_ok=True)
-    return measured_step(models, rows, method, step, args)
-osp.measured_step = measure
+    return train_step(models, rows, method, step, args)
+osp.train_step = measure
 *runs, last = json.loads(sys.argv[2])
 for run in runs:
     osp.main(run)
-sys.argv[1:] = last
+osp.dist.barrier()  # else torchrun may end one before the other speaks
+sys.argv[1:] = last  # as if typed
 runpy.run_path(osp.__file__, run_name='__main__')
 """
-
-
-def torchrun(folder, *runs):
-    """Runs on two CPU processes that torchrun starts, one after the other; the last one as if typed."""
-    (folder / "runs.py").write_text(TORCHRUN)
-    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
-    return subprocess.run(
-        [*launch, folder / "runs.py", Path(osp.__file__).parent, json.dumps(runs)], timeout=200,
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
 
 
 def assert_close(one, two):
@@ -1457,85 +1142,69 @@ def assert_close(one, two):
     most, as margins, KL and losses are; 1e-3 leaves room. AdamW divides a gradient by its size, so where
     one is nearly 0 its sign is anyone's; but such weights are a small part of the way they all went."""
     for figures, others in zip([one.summary, *one.lines], [two.summary, *two.lines], strict=True):
-        assert figures.keys() == others.keys()
-        for name, value in figures.items():
-            if name == "grad_norm":
-                assert others[name] == pytest.approx(value, rel=1e-2)
-            elif name != "margin_accuracy":  # of margins that are 0 up to rounding
-                assert others[name] == pytest.approx(value, abs=1e-3), name
-    start, gone, other = [
-        torch.cat([weight.flatten() for weight in weights.values()])
-        for weights in (weights_in(one.folder / "sft"), one.weights, two.weights)]
-    assert (other - gone).norm() < 0.1 * (gone - start).norm()
+        for name in figures.keys() | others.keys():
+            assert "examples" in name or others[name] == approx(figures[name], abs=1e-3, rel=1e-2)
+    gone = one.weights - weights_in(one.folder / "sft")
+    assert (two.weights - one.weights).norm() < 0.1 * gone.norm()
 
 
 def test_two_processes_do_what_one_does(tmp_path):
-    """SFT, then steps of 3, 1, 3, 1 prompts with a pair each, so that the second process has none in
-    every other step. Each goes on with what the other left of TSO, whose checkpoints hold the most."""
-    small = """--sft_max_steps 2 --prompts_per_step 3 --num_train_prompts 4 --num_eval_prompts 3
-        --num_eval_pairs 3 --save_steps 1 --micro_batch_size 4 --beta 1 --learning_rate 1e-4
-        --sft_learning_rate 1e-4 --num_generations"""
-    options = {"osp": f"{small} 2", "tso": f"{MORE_OF['tso']} {small} 3 --reference_steps 1"}
-    with copied_on_the_way(2):
-        alone = {method: run(tmp_path / method, more) for method, more in options.items()}
-    shutil.copytree(tmp_path / "tso-in-step", tmp_path / "back")
-    runs = [command(tmp_path / f"{method}-two", more) for method, more in options.items()]
-    runs += [command(tmp_path / "back", options["tso"]), runs[0]]
-    done = torchrun(tmp_path, *runs, runs[0] + ["--beta", "0.5"])
-    assert done.returncode == 1 and done.stderr.count("beta was 1.0, is 0.5") == 1, done.stderr
-    assert done.stderr.count("Traceback") == 1  # torchrun's own
-    assert done.stdout.splitlines()[:3] == alone["osp"].said.splitlines()[:3]
+    """SFT, then steps of 3 and 1 prompts. So the second process has fewer micro-batches in the first
+    step, and no prompt in the last. Each goes on with what the other left of TSO, whose checkpoints hold
+    the most."""
+    more = """--method tso --label_margin 1e-6 --reference_steps 1 --num_generations 3 --sft_max_steps 1
+        --num_train_epochs 1 --prompts_per_step 3 --num_train_prompts 4 --num_eval_prompts 3 --beta 1
+        --num_eval_pairs 3 --save_steps 1 --micro_batch_size 4 --learning_rate 1e-4"""
+    alone = run(tmp_path / "one", more)
+    killed(tmp_path / "back", more, osp, "train_step", 2)
+    runs = [command(tmp_path / name, more) for name in ("two", "back", "two")]
+    runs.append([*runs[0], "--beta", "0.5"])
+    (tmp_path / "runs.py").write_text(TORCHRUN)
+    launch = [sys.executable, *"-m torch.distributed.run --standalone --nproc_per_node 2".split()]
+    done = subprocess.run(
+        [*launch, tmp_path / "runs.py", Path(osp.__file__).parent, json.dumps(runs)], timeout=200,
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.stderr.count("beta was 1.0, is 0.5") == 1, done.stderr
     assert done.stdout.count("finished before") == 1
-    states = [state_of(tmp_path / f"{name}-in-step" / "metrics.pt") for name in ("tso", "tso-two")]
-    moments = [state["optimizer"]["state"] for state in states]
-    for name in moments[0]:  # after one step exp_avg is a tenth of the gradient
-        own, other = [moment[name]["exp_avg"] for moment in moments]
-        assert type(other) is torch.Tensor
-        assert (own - other).abs().max() <= 1e-3 * own.abs().max() + 1e-12
-    assert_close(alone["osp"], read_run(tmp_path / "osp-two"))
-    for folder in ("tso-two", "back"):
-        assert_close(alone["tso"], read_run(tmp_path / folder))
-    assert_close(alone["tso"], run(tmp_path / "tso-two-in-step", options["tso"]))
+    assert (tmp_path / "two" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("two", "back"):
+        assert_close(alone, read_run(tmp_path / name))
+    assert_close(alone, run(tmp_path / "two-in-step", more))
 
 
 # TSO ----------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("K, shares", [(8, [2, 2, 2, 2]), (4, [1, 1, 1, 1]), (6, [2, 2, 1, 1])])
-def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path, K, shares):
+def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
     """A model of the matrix may have another tokenizer: its texts are encoded anew for the policy."""
-    other, models = saved(tmp_path, PIECES), builtin_models(1, 0, 2)
-    args = arguments(f"--num_generations {K} --max_new_tokens 6 --matrix_model_names_or_paths {other}")
-    said = [["rain is warm .", "snow is ugly ."], ["tea is sweet .", "tea is awful ."]]
-    rows = osp.distinct_prompts(models.tokenizer, [(RAIN, *texts) for texts in said], 1)
-    method = osp.tso(args)
-    for step in (0, 1, 2):
-        [found] = method.sample(models, rows, step, args)
-        sources = [one.source for one in found]
-        assert [sources.count(one) for one in ("policy", "reference", "start", other)] == shares
-        assert sources[0] == "policy"  # the baseline of ranking is on-policy
-        assert [one.text for one in found[K:]] == said[step % 2]
-        assert sources[K:] == list(osp.HUMAN)
-        for one in found:
-            if one.source in (other, *osp.HUMAN):
-                assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
-    [alone] = osp.respond(models.reference, models.tokenizer, rows, range(1, K, 4), 2, args)
-    assert [one.ids for one in alone] == [one.ids for one in found if one.source == "reference"]
+    other, models = saved(tmp_path, rotary(), PIECES), builtin_models(1, 0, 2)
+    args = arguments(f"--num_generations 6 --max_new_tokens 6 --matrix_model_names_or_paths {other}")
+    data = [["rain is warm .", "snow is ugly ."], ["tea is sweet .", "tea is awful ."]]
+    rows = osp.distinct_prompts(models.tokenizer, [(RAIN, *texts) for texts in data], 1)
+    models.others = {other: osp.frozen(other, args)}
+    for step in range(3):
+        [found] = osp.tso(args).sample(models, rows, step, args)
+        assert [one.text for one in found[6:]] == data[step % 2]
+    sources = ["policy"] * 2 + ["reference"] * 2 + ["start", other, *osp.HUMAN]
+    assert [one.source for one in found] == sources  # the baseline of ranking is on-policy
+    for one in found[5:]:
+        assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
+    [alone] = osp.respond(models.reference, models.tokenizer, rows, [1, 5], 2, args)
+    assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
 
 
 def test_corrections_keep_sure_verdicts_and_let_a_human_overrule_the_judge(monkeypatch):
-    sources = [("policy", "start")] * 3 + [osp.HUMAN, osp.HUMAN[::-1], (osp.HUMAN[0], "start")]
-    verdicts, pairs = [0.7, 0.55, 0.3, 0.3, 0.3, 0.3], []
-    for p, (one, two) in zip(verdicts, sources):
-        sides = osp.Candidate([5], "a", one), osp.Candidate([6], "b", two)
-        pairs.append(pair_of(*sides, verdicts=(p, 1 - p)))
-    monkeypatch.setattr(osp, "judge_pairs", lambda *_: verdicts)
-    labels = osp.corrected_labels(None, pairs, osp.Arguments(label_margin=0.1))
-    assert labels == [1.0, None, 0.0, 1.0, 0.0, 0.0]  # two humans' label stands, one's is judged
-    for pair, label in zip(pairs, labels):
-        pair.strength = label
-    del pairs[1]
+    chosen, rejected = osp.HUMAN
+    cases = [  # who wrote the two, the judge's strength, the label
+        ("policy", "start", 0.7, 1.0), ("policy", "start", 0.3, 0.0), (chosen, rejected, 0.3, 1.0),
+        (rejected, chosen, 0.3, 0.0), (chosen, "start", 0.3, 0.0), ("policy", "start", 0.55, None)]
+    pairs = []
+    for one, two, p, label in cases:
+        sides = Candidate([], "", one), Candidate([], "", two)
+        pairs.append(pair_of(*sides, label, verdicts=(p, 1 - p)))
+    *_, strengths, labels = map(list, zip(*cases))
+    monkeypatch.setattr(osp, "judge_pairs", lambda *_: strengths)
+    assert osp.corrected_labels(None, pairs, Arguments(label_margin=0.1)) == labels
     rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1], [-0.3, 0.1, 0.3, 0.1, 0.1]])
-    figures = osp.tso_figures(pairs, *rewards, clip=0.2)
-    assert figures == pytest.approx({  # the human chose what the judge gave 0.3
+    assert osp.tso_figures(pairs[:-1], *rewards, clip=0.2) == approx({
         "overruled_verdicts": 1, "winners_clipped": 1 / 5, "losers_clipped": 1 / 5})
 
 
@@ -1545,482 +1214,749 @@ COLLECT = """--method collect --num_labels 3 --min_strength 0.5001 --max_strengt
 
 
 def labels_in(folder):
-    return [json.loads(line) for line in (folder / "preferences.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "preferences.jsonl").open()]
 
 
-def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path, capsys):
+def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path):
     with stopped("No pair is left to ask about"):
         osp.main(command(tmp_path / "none", COLLECT, "--min_strength 0.999"))
     folder = tmp_path / "run"
     summary = osp.main(command(folder, COLLECT))
     rows, before = labels_in(folder), files_in(folder)
-    assert summary["labels"] == 3 == len(rows)
-    assert summary["prompts"] == 12 == summary["prompts_kept"]
-    read = osp.load_preferences(str(folder / "preferences.jsonl"))
+    assert summary["labels"] == len(rows) == 3
+    read = load_preferences(str(folder / "preferences.jsonl"))
     assert read == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
-    assert osp.main(command(folder, COLLECT)) == summary  # shown again
-    assert capsys.readouterr().out.count("To train on the labels: --dataset_name") == 2
     (folder / "summary.json").unlink()
     (folder / "preferences.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert osp.main(command(folder, COLLECT)) == summary
     assert files_in(folder) == before
 
 
-def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, monkeypatch, capsys, real):
-    def collect(*answers, more=""):
-        """The answers are typed, as by a human or a program; an exception comes instead of a key."""
+def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, real):
+    def collect(*answers):
+        """The answers are typed; an exception comes instead of a key."""
         with mock.patch("builtins.input", side_effect=answers):
-            return osp.main(command(tmp_path, COLLECT, real[1], more))
+            return osp.main(command(tmp_path, COLLECT, real[1]))
 
     with stopped("All answers are in preferences.jsonl; the same command goes on", code=0):
         collect("1", "x", "s", EOFError)
-    assert "'x' is none of these keys" in capsys.readouterr().out
     first = labels_in(tmp_path)
     assert [row["chosen"] is None for row in first] == [False, True]
     with pytest.raises(KeyboardInterrupt):
         collect("2", KeyboardInterrupt)
-    with stopped("num_labels was 3, is 4"):
-        collect(more="--num_labels 4")
     assert collect("1")["labels"] == 3
-    rows = labels_in(tmp_path)
-    assert rows[:2] == first and len(rows) == 4
-    kept = [row for row in rows if row["chosen"]]
-    assert len({(str(row["prompt"]), *sorted((row["chosen"], row["rejected"]))) for row in kept}) == 3
-    assert len(osp.load_preferences(str(tmp_path / "preferences.jsonl"))) == 3
+    assert labels_in(tmp_path)[:2] == first
+    assert len(load_preferences(str(tmp_path / "preferences.jsonl"))) == 3
 
 
-@given(st.lists(st.tuples(TEXT, TEXT, TEXT, st.sampled_from("12s")), min_size=1, max_size=5))
-@settings(max_examples=40, deadline=None)
-def test_whatever_responses_hold_the_file_reads_back_exactly(tmp_path_factory, questions):
-    asked, expected, args = [], [], osp.Arguments(output_dir=tmp_path_factory.getbasetemp())
-    for prompt, one, two, answer in questions:
-        sides = osp.Candidate([], one), osp.Candidate([], two)
-        asked.append(osp.Question(row_of(prompt), *sides, 0.25, 0.0))
-        rows = {"1": (one, two, 0.25), "2": (two, one, 0.75), "s": (None, None, None)}
-        expected.append((prompt, *rows[answer]))
-    path = args.output_dir / "preferences.jsonl"
-    path.unlink(missing_ok=True)
-    with mock.patch.object(osp, "read_answer", side_effect=[answer for *_, answer in questions]):
-        labels = osp.ask_human(asked, None, args)
-        assert osp.ask_human(asked, None, args) == labels  # no answer is asked for twice
-    lines = path.read_text("utf-8").split("\n")[:-1]
-    assert [tuple(json.loads(line).values()) for line in lines] == expected
-    assert labels == sum(chosen is not None for _, chosen, *_ in expected)
+def test_whatever_responses_hold_the_file_reads_back_exactly(tmp_path):
+    """No answer is asked for twice."""
+    prompt, one, two = [f'{i}"\u2028\n\x85\x1c</s>\r\n' for i in range(3)]
+    args = Arguments(output_dir=tmp_path, dataset_name="x")
+    questions = [pair_of(one, two, 0.25, row_of(prompt))] * 3
+    with mock.patch.object(osp, "read_answer", side_effect="12s"):
+        assert [osp.ask_human(questions, args) for _ in range(2)] == [2, 2]
+    assert [list(row.values()) for row in labels_in(tmp_path)] == [
+        [prompt, one, two, 0.25], [prompt, two, one, 0.75], [prompt, None, None, None]]
 
 
 def test_no_character_of_a_response_controls_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
     evil = "\x1b[2Jred\x07\x9b5n \u202eright to left\ttab é 雪"
-    sides = osp.Candidate([], evil), osp.Candidate([], "fine")
-    osp.read_answer(osp.Question(row_of(), *sides, 0.5, 0.0), "0 of 3")
-    said = capsys.readouterr().out
-    assert not {*"\x1b\x07\x9b\u202e\t"} & {*said}
-    assert "é 雪" in said and "red" in said
+    osp.read_answer(pair_of(evil, "fine"), "0 of 3")
+    shown = capsys.readouterr().out
+    assert not {*"\x1b\x07\x9b\u202e\t"} & {*shown}
+    assert "é 雪" in shown and "red" in shown
 
 
 def test_the_steps_of_collection_by_hand():
     """Prompts whose scores spread most are kept; the filter drops and counts."""
     scores = [[0.5, 0.5], [0.1, 0.9], [0.4, 0.6], [0.5, 0.8]]
-    candidates = [[osp.Candidate([], "", score=score) for score in row] for row in scores]
+    candidates = [[Candidate([], "", score=score) for score in row] for row in scores]
     assert osp.widest_spreads(candidates, 0.5) == [1, 3]
     assert osp.widest_spreads(candidates, 0.01) == [1]
     pairs = [pair_of(*texts) for texts in [
         ("a b c", "d e f", 0.7), ("a b c", "a b c"), ("a b c d", "a b c e", 0.7), ("a", "b", 0.52),
         ("c", "d", 0.3), ("e", "f", 0.97), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7),
         ("k l", "k m", 0.8)]]
-    firsts = set()
-    for seed in range(20):
-        questions, counts = osp.worth_asking(pairs, osp.Arguments(max_similarity=0.7, seed=seed))
+    shown = set()
+    for seed in range(9):
+        args = Arguments(max_similarity=0.7, seed=seed)
+        asked, counts = osp.worth_asking(copy.deepcopy(pairs), args)
         assert counts == {
             "pairs": 9, "usable": 7, "not_alike": 6, "no_tie": 5, "no_landslide": 3, "questions": 2}
-        asked = [(one.one.text, one.two.text, round(one.p, 6)) for one in questions]
-        assert asked[0] in [("a b c", "d e f", 0.7), ("d e f", "a b c", 0.3)]
-        assert asked[1] in [("c", "d", 0.3), ("d", "c", 0.7)]  # of the first one shown
-        firsts.add(asked[0])
-    assert len(firsts) == 2  # in random order
+        shown.add(tuple((one.better.text, round(one.strength, 6)) for one in asked))
+    orders = itertools.product([("a b c", 0.7), ("d e f", 0.3)], [("c", 0.3), ("d", 0.7)])
+    assert shown == {*orders}  # all of them, in random order; p is of the first one shown
 
 
 # Golden vectors for ports -------------------------------------------------------------------------
-VECTORS_README = """# Golden vectors of osp.py
+VECTORS_README = r"""# Golden vectors of osp.py
 
-`make vectors` writes them. A port must agree with pure.json and logps.safetensors (float64) to 1e-9
-relative or 1e-12 absolute, and with steps.* (float32) to 1e-3 relative or 1e-4 absolute. Ids, lengths,
-masks and pairs are exact. Logarithms are natural. B = 3 prompts a step, K = 4 responses a prompt, P
-pairs or cases, N sequences, T tokens of the longest response, L of the longest whole sequence.
+These files check a port of Online Self-Preferring Language Models (OSP) to another framework. You
+need no other text. All numbers are in JSON. Each file is one object, with an item on each line. A
+name such as `4.gradient.lm_head.weight` is step 4, its gradient, of this parameter.
 
-## pure.json
-* `strength`: `logits_12`, `logits_21` (P, 2) are a judge's logits of the verdicts A and B, with
-  response 1 shown as A, and with response 2 shown as A. `p_12`, `p_21` (P,) = the softmax's probability
-  of A. `strength` (P,), the probability that response 1 is better, = (p_12 + (1 - p_21)) / 2, in this
-  form.
-* `ranking`: 8 responses to one prompt. The first is the baseline, always shown as A; each of the 8,
-  itself included, is shown as B. `logits` (8, 2) of A and B; `scores` (8,) = 1 - probability of A.
-* `pairs`, a list: `scores` of a prompt's responses, and `ranked`, pairs [better, worse] of their
-  indices. Sort by falling score; ties keep their order. Pair the first with the last, the second with
-  the last but one, and so on inwards; an odd number leaves out the middle one.
-* `logps`: what logps.safetensors pads. `prompt_ids`, `response_ids`: N lists. `pad`: the id of padding,
-  which is a real token elsewhere, so mask by position and never by id.
-* `spce`: of `reward_1`, `reward_2`, `strength` (P,), with h = reward_1 - reward_2 and p = strength,
-  `loss` (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)], never inf or nan. `gradient_1` (P,) = d
-  loss / d reward_1 = (1 - p) sigmoid(h) - p sigmoid(-h); the shorter sigmoid(h) - p loses digits where
-  h is large. `gradient_2` (P,) = d loss / d reward_2 = -gradient_1.
-* `dual_clip`: a variant's loss, after TSO (arXiv 2409.02118), formulas reconstructed, of `reward_1`,
-  `reward_2`, `label`, `clip` (P,). Where label > 0.5 response 1 is the winner and 2 the loser, else the
-  reverse. `loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward, -clip)).
-  `gradient_1`, `gradient_2` (P,) as above: 0 for a winner above clip, and 0 for a loser below -clip.
-* `adamw`: two steps from the parameters `start` (5,) with `gradients` (2, 5), not yet clipped. After
-  each: `parameters` (2, 5); in each: `grad_norms` (2,) before clipping, `learning_rates` (2,).
-  Clipping: g *= min(1, 1 / (norm + 1e-6)), the norm over all parameters. AdamW: betas 0.9 and 0.95, eps
-  1e-8 added outside the root, both moments bias-corrected, no weight decay.
-* `schedules`: by name, the learning rates (20,) of steps 0 to 19 at peak 1. Steps 0 and 1, the warm-up,
-  have step / 2. Then, with u = (step - 2) / 18, linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
-  constant_with_warmup 1. `constant` has no warm-up: it is always 1.
+## How to compare
+Your number agrees if |yours - ours| <= tolerance * max(1, |ours|). Ids, masks, pairs and texts are
+exact.
+* The vectors are computed in float64 and written with 12 digits. A port in float64 has the
+  tolerance 1e-9. In JAX, set `jax_enable_x64`.
+* A port in float32 has the tolerance of the innermost name that stands here, else that of `other`:
 
-## logps.safetensors (ids, masks and positions int64)
-Prompts are padded on the left and responses on the right, so that all meet at one column: `input_ids`,
-`attention_mask` (N, L). `position_ids` (N, L) = max(cumsum(attention_mask) - 1, 0). `logits` (N, L, 8)
-go in; those at a place score the NEXT token. `token_logps` (N, T): log-probabilities of the responses'
-tokens, 0 beyond their ends. `logps` (N,): their sums, EOS included, prompt excluded.
+{"logits": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6, "verdicts": 5e-6,
+"strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5, "loss": 2e-5, "gradient": 1e-5,
+"metrics": 5e-5, "after": 5e-5, "other": 2e-6}
 
-## model.json and weights.safetensors (float32): pi_SFT, which is judge, reference and the first policy
-A Llama. x = embed_tokens[ids]. Each layer does x += attention(rms(x)), then x += mlp(rms(x)). At last
-logits = rms(x) @ embed_tokens.T. The rms before attention, before mlp and at last have the weights
-input_layernorm, post_attention_layernorm and model.norm: rms(x) = weight * x / sqrt(mean(x^2) +
-`rms_norm_eps`). mlp(x) = down(silu(gate(x)) * up(x)). Matrices are (out, in): y = x @ W.T, without
-biases. Attention is causal, its scale 1 / sqrt(head_dim). Head i takes the columns from i * head_dim up
-to (i + 1) * head_dim of q, k and v. Padding is masked out as a key. A padded query on the left then has
-no key: its output is not used but must be finite, so mask with a large negative number, not -inf. RoPE
-turns q and k: at position m, for j < head_dim / 2, with the angle a = m * `rope_theta` ** (-2j /
-head_dim), the elements (j, j + head_dim / 2) = (u, w) become (u cos a - w sin a, w cos a + u sin a).
+Why these: float32 rounds a number by up to 6e-8 of its size, so a logit of size 4 to 8 by up to
+2.4e-7. Some twenty roundings stand between the weights and a logit: 5e-6 at worst.
+Log-probabilities and gradients have the errors of a few logits, which partly cancel: 1e-5. A
+probability has a quarter of its logit's error, and the rest of 5e-6 is reserve. A reward is a
+difference of two sums: 2e-5. Adam divides a gradient by its own size, so an error of 1e-8 in a
+gradient of 1e-6 is one percent of a step of 0.004: 4e-5. `metrics` has norms above 10 and kl: 5e-5.
 
-Ids: 0 padding, 1 EOS, 5 and 6 the verdicts A and B. The judge's question about a prompt x, with a
-response a shown as A and b as B, is x 2 a 3 b 4, where a and b lose their EOS. Its verdict's logits are
-those of 5 and 6 at its last token.
+## The order to work in
 
-## steps.json: `arguments` of osp.py that matter, and `steps`, a list of three
-* `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. Those without
-  EOS were cut off at `max_new_tokens`.
-* `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
-  inwards, without pairs of equal ids. Equal questions are asked once, so equal responses tie exactly.
-* `metrics`: `step`, counted from 1. `pairs`: P. `dropped_identical_pairs`: how many were left out.
-  `dropped_unsure_pairs`: 0. `loss`, `strength_mean`, `margin`: means over the P pairs of losses,
-  strengths and h = reward of the better - reward of the worse. `strength_std` divides by P. `kl`: mean
-  over the 2 P responses of log-probability under the policy less that under pi_SFT. `margin_accuracy`:
-  share of pairs where h > 0 and strength > 1/2 are both true or both false; not in step 1, whose h are
-  0 but for rounding. `order_agreement`: the same of p_12 > 1/2 and p_21 < 1/2, with the better response
-  as 1. `response_tokens`: mean length of the B K responses, EOS included. `cut_fraction`: share of them
-  without EOS. `distinct_fraction`: how many different ones there are, over B K. `learning_rate`: the
-  one used: that of `arguments` in step 1, 2/3 of it in step 2, 1/3 in step 3. `grad_norm`: before
-  clipping.
+| | write | check with |
+|---|---|---|
+| 1 | strength, SPCE loss, dual clip | loss.json |
+| 2 | pairing | pairs.json |
+| 3 | clipping, AdamW, schedules | optimizer.json |
+| 4 | the draw of one token | draws.json |
+| 5 | from text to ids, the judge's question | text.json |
+| 6 | a model, log-probabilities, verdicts, samples | rotary.json, then absolute.json |
+| 7 | the losses of supervised fine-tuning | sft.json |
+| 8 | whole steps of OSP | steps_rotary.json, then steps_absolute.json |
+| 9 | TSO, a variant; leave it out if you do not need it | steps_tso.json |
 
-A step's loss is the mean of spce over its P pairs, with the better response as 1. A reward is beta *
-(the response's log-probability under the policy - that under pi_SFT). The policy is what the step
-before left. Clipping and AdamW are as above.
+Steps 1 to 5 need no model. Step 6 can be begun with the given logits.
 
-## steps.safetensors (float32; questions and lengths int64): a name ends with its step, as in `scores.1`
-* `rank_questions` (B, K, L): response 0 as A and response k as B, padded on the right with 0.
-  `rank_lengths` (B, K), `rank_logits` (B, K, 2) and `scores` (B, K) belong to them.
-* `pair_questions` (P, 2, L): of each pair with the better response as A, then with the worse one as A.
-  `pair_lengths` (P, 2), `pair_logits` (P, 2, 2). `strength` (P,): how likely the better one is better.
-* `ref_token_logps`, `policy_token_logps` (P, 2, T), `rewards` (P, 2): of the better and of the worse
-  response, before the update. ref is pi_SFT. `losses` (P,).
-* `gradient.<parameter>`: of the mean loss, before clipping. `after.<parameter>`: the policy after the
-  step. Where a gradient is near 0, Adam's first steps depend on its last digits: hence the tolerance.
+## Letters
+B = 3 prompts a step. K responses a prompt. P pairs, or points, or cases. N sequences. T = tokens of
+the longest of N responses. L = tokens of the longest of N prompts, plus T. V = 23 words. Indices
+begin with 0. Logarithms are natural. sigmoid(x) = 1 / (1 + exp(-x)).
+
+The policy is the model that is trained. The reference is a frozen model in the loss. The judge is a
+frozen model that compares responses. All three begin with the same weights.
+
+## 1. loss.json
+* `p_12`, `p_21` (P,) are a judge's probabilities of the verdict A: with response 1 shown as A, and
+  with response 2 shown as A. `strength` (P,) says how likely response 1 is better. It is (p_12 +
+  (1 - p_21)) / 2, in this form, so that equal responses give exactly 1/2.
+* `spce.inputs` (3, P): the rows are reward_1, reward_2 and p, a strength. With h = reward_1 -
+  reward_2, `spce.loss` (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]. It is never inf or
+  nan. `spce.gradients` (2, P): of the loss, to reward_1 and to reward_2. The first is (1 - p)
+  sigmoid(h) - p sigmoid(-h), the second its negative. A tie, p = 1/2, is no win: it pulls h to 0.
+* `dual_clip.inputs` (4, P): the rows are reward_1, reward_2, label and clip. If label > 1/2,
+  response 1 is the winner and 2 the loser, else the reverse. A label is only a side: 0.7 is the
+  same as 1. `dual_clip.loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward,
+  -clip)). `dual_clip.gradients` (2, P): to reward_1 and to reward_2. A winner's reward above clip
+  has the gradient 0, and a loser's below -clip.
+
+## 2. pairs.json
+`scores`: lists of the scores of one prompt's responses. `ranked`: their pairs [better, worse] of
+indices. Sort by falling score; ties keep their order. Pair the first with the last, the second with
+the last but one, and so on inwards. If their number is odd, the middle one has no pair.
+
+## 3. optimizer.json
+* From the parameters `start` (5,) go three steps with `gradients` (3, 5), at the constant
+  `learning_rate`. `norms` (3,): of the gradients before clipping, over all parameters together.
+  `parameters` (3, 5): after each step.
+* Clipping to the norm M = 1: multiply all gradients by min(1, M / (norm + 1e-6)). So gradients
+  whose norm is below 1 stay as they are.
+* AdamW: betas 0.9 and 0.95, eps = 1e-8. Both moments have bias correction: a parameter loses
+  learning_rate * m_hat / (sqrt(v_hat) + eps). There is no weight decay.
+* `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of steps 0 to 19,
+  with the peak 1 and a warm-up of w = 2 steps, of n = 20 steps in all. A step s < w has s / w, so
+  step 0 has 0. From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi
+  u)) / 2 and constant_with_warmup 1. `constant` has no warm-up: it is always 1.
+
+## 4. draws.json
+Row i of `logits` (12, 8) and number i of `noise` (12,) draw one token: list i of `ids`. Divide the
+logits by `temperature`. Take the softmax; subtract the largest logit first, for exp(1600) is inf.
+Then, in float64: c = cumsum(probabilities) in the order of ids, total = c[-1]. The token is the
+first id whose c exceeds noise * total. If none does, it is the last id. Noise is in [0, 1) and in
+float64: rounded to float32, the noise 0.999999999999 would be 1, and would pick an id of
+probability 0. A c that equals noise * total does not exceed it.
+
+## 5. text.json
+`vocabulary`: V words; the index of a word is its id. Ids come from text.split(): a word that is not
+there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for padding. Id 0 is a word.
+* `framed`: of `prompts`, the text that the model reads. Where a text from outside spells `<eos>` or
+  `<unk>`, a space after the first letter makes it plain text: `< eos>`. `prompt_ids`: the ids of
+  the framed prompts.
+* `response_ids`: of the texts `a` and then the texts `b`, framed likewise. They are the words' ids,
+  then EOS. At most `max_new_tokens` ids remain. So a response that is cut off has no EOS.
+* `questions`: what the judge is asked about a prompt, with `a` shown as A and `b` as B. In it, x, a
+  and b are quoted texts:
+
+      Which response is better, A or B?
+
+      Prompt:
+      x
+
+      A:
+      a
+
+      B:
+      b
+
+      Better:
+
+  It ends with "Better:", without a line end. To quote a text, write "> " before each of its lines,
+  and leave out lines that are blank. Of an empty text, "> " is left. As a prompt, its transcript is
+  quoted. The transcript of a text is "Human: " and the text. A text that begins with "\n\nHuman:"
+  is a transcript already: take off a last "\n\nAssistant:" and the blank lines at its start.
+* `question_ids`: of the questions, framed like a prompt. `verdict_ids`: the ids of the verdicts A
+  and B. The judge's answer is read at the last token of the question. p_a = exp(l_A) / (exp(l_A) +
+  exp(l_B)), where l are its logits of these two ids.
+
+## 6. rotary.json and absolute.json
+Each file has a model's sizes, and its `weights`, which have two decimals.
+
+rotary is a Llama. x = embed_tokens[ids]. Its layer does x += o_proj(attention(rms(x))), then x +=
+mlp(rms(x)). At last logits = rms(x) @ lm_head.T. The rms before attention, before mlp and at last
+have the weights input_layernorm, post_attention_layernorm and model.norm: rms(x) = weight * x /
+sqrt(mean(x^2) + `rms_norm_eps`). mlp(x) = down(silu(gate(x)) * up(x)), where silu(x) = x
+sigmoid(x). Matrices are (out, in): y = x @ W.T, without biases. RoPE turns q and k: at position m,
+for j < head_dim / 2 and the angle a = m * `rope_theta` ** (-2j / head_dim), the elements (j, j +
+head_dim / 2) = (u, w) of each head become (u cos a - w sin a, w cos a + u sin a).
+
+absolute is a GPT-2. x = wte[ids] + wpe[positions]. Its layer does x +=
+attn.c_proj(attention(ln_1(x))), then x += mlp.c_proj(gelu(mlp.c_fc(ln_2(x)))). At last logits =
+ln_f(x) @ wte.T. Matrices are (in, out): y = x @ W + b. attn.c_attn makes q, k and v, side by side.
+ln(x) = weight * (x - mean) / sqrt(variance + `layer_norm_epsilon`) + bias, where the variance
+divides by the width. gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). attn.c_attn.bias
+is 0 and is not trained. A key's bias changes no attention, so its gradient is rounding noise, which
+Adam would make as large as any step.
+
+Both have two heads, head_dim = 4. Attention is causal, its scale 1 / sqrt(head_dim). Head i takes
+the columns from i * head_dim up to (i + 1) * head_dim of q, k and v. Padding is masked out as a
+key. A padded query on the left then has no key: its output is not used but must be finite, so mask
+with a large negative number, not -inf.
+
+* `prompt_ids`, `response_ids`: N lists. Prompts are padded on the left and responses on the right,
+  so that all meet at one column: `input_ids`, `attention_mask` (N, L). The padding is written as id
+  0, which is a word, too: so mask by place and never by id. Positions skip padding:
+  max(cumsum(attention_mask) - 1, 0). With RoPE a wrong start does not show; with learned positions
+  it does.
+* `logits` (N, L, V): those at a place score the NEXT token. They are written as 0 at padding.
+* `token_logps` (N, T): log-probabilities of the responses' tokens, 0 beyond their ends. `logps`
+  (N,): their sums, with EOS and without the prompt. They are sums and not means.
+* `p_a` (3,): the judge's probability of A in the three questions of text.json.
+* `samples`: four responses to the prompt "rain is", whose index is 3, then four to "tea", whose
+  index is 8. The seed is 13, the step 6, the temperature 1.5, and a response has at most 5 tokens.
+  The noise of response k is `np.random.default_rng((seed, step, index, k)).random(5)`, a number for
+  each token: `noise` (8, 5). So it does not depend on the batch. A response ends with its EOS,
+  which belongs to it. Without EOS it is cut off.
+
+## 7. sft.json, on rotary
+`pairs`: [prompt, chosen, rejected], n of them. There are two tasks, each with prompts and targets.
+* `respond`: of the first ceil(n / 3) pairs, the chosen response after the prompt, at most 5 tokens.
+* `judge`: the judge's question, and the one token of the right verdict. First come all pairs with
+  the chosen response as A, whose verdict is A. Then come all pairs with the rejected one as A,
+  whose verdict is B.
+
+A task's `loss` is minus the sum of the targets' log-probabilities, over the number of target tokens
+of the task. `gradient` is that of the sum of both losses, not clipped.
+
+## 8. steps_rotary.json and steps_absolute.json
+The policy, the reference and the judge begin with the weights of rotary.json or absolute.json.
+Reference and judge never move. There are four steps, and the schedule is made for four. The first
+items are the arguments: `num_generations` is K, `learning_rate` the peak, `warmup_steps` the length
+of the warm-up. Of a step:
+1. `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. A text of
+   ids is their words with spaces between them, without `<eos>` and `<unk>`.
+2. Ranking: the first response to a prompt is its baseline. The judge compares it, as A, with each
+   of the K responses as B: also with itself. `scores` (B, K) = 1 - p_a. Ask equal questions once,
+   so that equal responses tie exactly. Then pair, as in pairs.json: with K = 5 the middle one is
+   left out.
+3. `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
+   inwards. Pairs of equal ids were dropped: they count nowhere below.
+4. `verdicts` (P, 2): p_a with the better response as A, and with the worse one as A. `strength`
+   (P,): how likely the better one is better. It may be below 1/2 and stays so.
+5. `ref_logps` (P, 2): of the better and of the worse response, under the reference. `rewards` (P,
+   2): beta * (logps under the policy before the update - ref_logps), for both. `losses` (P,): spce,
+   with the better one as 1.
+6. The step's loss is the mean over all P pairs. `micro_batch_size` counts the sequences of a
+   forward pass, so the update takes micro_batch_size // 2 pairs a pass, at least one: with P = 5 it
+   takes 2, 2 and 1. This must change nothing: the loss is not a mean of the passes' means.
+7. `gradient`: of the mean loss, AFTER clipping to `max_grad_norm`. `metrics.grad_norm` is the norm
+   before. Then comes AdamW: `after`, the policy's parameters.
+
+In absolute, wte is tied: it is also the output projection. So there is no lm_head, and the gradient
+of wte is the sum of both. In rotary, lm_head has a gradient of its own. A step without pairs, such
+as step 2, does nothing: no parameter, no moment, no count of Adam and no learning rate moves. So
+step 3 has the learning rate that step 2 would have had. Until the policy has moved, rewards are 0
+but for rounding.
+
+`metrics`: `step` counts from 1. `pairs` is P. `dropped_identical_pairs` were left out for equal
+ids. `dropped_unsure_pairs` are TSO's. `loss`, `strength_mean` and `margin` are means over the P
+pairs of losses, strengths and h. `kl`: mean over the 2 P responses of logps under the policy less
+ref_logps. A step without pairs has only the metrics of its responses. `response_tokens`: mean
+length of the B K responses, with EOS. `cut_fraction`: share of them without EOS.
+`distinct_4grams`: how many different runs of four ids, EOS included, there are in the responses,
+over the number of all such runs. `learning_rate`: the one that this step used.
+
+`order_agreement` is a figure of evaluation, over pairs of a response of the policy and one of
+pi_SFT: of those whose two verdicts differ, the share where both orders name one winner: p > 1/2 and
+q < 1/2, or p < 1/2 and q > 1/2, of the verdicts p and q. One verdict of exactly 1/2 counts half.
+
+## 9. steps_tso.json, on rotary
+TSO is a variant after arXiv 2409.02118; its formulas are reconstructed. What differs from 8:
+* `strength` is a label: 1 where the strength of 8 is above 1/2, else 0. A pair whose strength is
+  within `label_margin` of 1/2 has none: it is dropped as unsure, and is in no item but
+  `dropped_unsure_pairs`.
+* The loss is the dual clip of loss.json with clip = `dual_clip`.
+* After each step whose number `reference_steps` divides, the reference becomes the policy, also if
+  the step had no pairs. Here that is after step 2. So step 3 has rewards 0, and step 4 is measured
+  from a reference that has moved. The judge never moves.
+* `winners_clipped`, `losers_clipped`: share of the P pairs whose winner's reward is above
+  dual_clip, and whose loser's is below -dual_clip. `overruled_verdicts` counts labels that a human
+  set against the judge; here none.
+
+## Mistakes, and the file that must notice each
+Each of them was made on purpose, and at least one item of the file then differed by more than three
+tolerances.
 """
-VECTOR_ARGUMENTS = {
-    "num_generations": 4, "max_new_tokens": 6, "beta": 0.5, "learning_rate": 0.003,
-    "lr_scheduler_type": "linear", "warmup_steps": 0, "max_grad_norm": 1.0, "micro_batch_size": 96}
-VECTOR_SHAPE = {
-    "vocab_size": 32, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
-    "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-6}
-
-
-class GivenLogits(torch.nn.Module):
-    """A causal language model that looks logits up: after id i at position t they are table[t, i]."""
-
-    config, device = transformers.LlamaConfig(), torch.device("cpu")
-
-    def __init__(self, table):
-        super().__init__()
-        self.table = torch.tensor(table)
-        self.eval()
-
-    def forward(self, input_ids, position_ids, logits_to_keep, **_):
-        self.position_ids = position_ids
-        logits = self.table[position_ids, input_ids]
-        if isinstance(logits_to_keep, int):
-            return types.SimpleNamespace(logits=logits[:, -logits_to_keep:])
-        return types.SimpleNamespace(logits=logits[:, logits_to_keep])
-
-
-def as_text(ids):
-    """Ids with spaces between them, without EOS."""
-    return " ".join(str(word) for word in ids if word != 1)
-
-
-def id_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=None):
-    """The judge's questions of VECTORS_README, of texts as as_text makes them."""
-    texts = [f"{x} 2 {a} 3 {b} 4" for x, a, b in zip(prompts, shown_as_a, shown_as_b)]
-    return [list(map(int, text.split())) for text in texts]
+TOLERANCES = json.loads(VECTORS_README[VECTORS_README.index("{"): VECTORS_README.index("}") + 1])
+GIVEN = json.loads(r"""
+{"average": {"p_12": [0.9, 0.2, 0.5, 1.0, 0.7], "p_21": [0.4, 0.3, 0.5, 0.0, 0.7]},
+"spce": [[-5000, -64, -7.5, 0.25, 64, 5000], [0, 0.25], [0, 1e-06, 0.25, 0.5, 1]],
+"dual_clip": [[-300, -0.5, -0.1, 0.1, 0.5, 300], [-300, -0.5, -0.1, 0.1, 0.5, 300], [0, 0.3, 0.7,
+  1], [0.2, 1, 1000]],
+"scores": [[1.0, 0.75], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0], [1.0, 0.75, 1.0, 0.5, 0.75],
+  [1.0, 0.75, 0.75, 0.5, 0.5, 1.0], [0.25, 1.0, 0.75, 0.0, 0.25, 1.0, 0.5], [0.0, 0.75, 0.75,
+  1.0, 0.0, 0.0, 1.0, 0.0]],
+"adamw": {"learning_rate": 0.01, "start": [1.5, -2.0, 0.3, 0.7, -0.1], "gradients": [[0.0, 1e-09,
+  0.3, -0.4, 0.0], [3.0, -1.0, 0.5, 2.0, 4.0], [0.6, 0.0, 0.0, -0.8, 0.0]]},
+"schedules": ["linear", "cosine", "constant", "constant_with_warmup"],
+"draws": {"temperature": 0.5, "logits": [[-1000, 0, 0, -1000, 0, 0, -1000, -1000], [-1000, 0, 0,
+  -1000, 0, 0, -1000, -1000], [-1000, 0, 0, -1000, 0, 0, -1000, -1000], [-1000, 0, 0, -1000, 0,
+  0, -1000, -1000], [-1000, 0, 0, -1000, 0, 0, -1000, -1000], [800, -3, -2, -1, 0, 1, 2, 3],
+  [800, -3, -2, -1, 0, 1, 2, 3], [0.4, 1.0, -0.1, 1.4, -0.7, 0.4, 0.9, 0.1], [-0.7, -0.9, -0.5,
+  0.2, -1.0, -0.2, -0.2, 0.5], [0.2, 0.4, -0.7, -0.1, 0.8, 1.5, -1.3, 1.5], [1.3, 0.8, 0.3, -0.3,
+  1.5, 2.0, 1.8, 1.3], [0.4, -1.2, -0.0, 0.7, -1.3, 0.4, 0.4, 0.7]], "noise": [0.0, 0.25, 0.5,
+  0.75, 0.999999999999, 0.0, 0.999999999999, 0.07, 0.31, 0.5, 0.72, 0.93]},
+"text": {"vocabulary": ["rain", "<eos>", ">", "A", "A:", "Assistant:", "B", "B:", "B?",
+  "Better:", "Human:", "Prompt:", "Which", "better,", "is", "or", "response", "tea", "warm",
+  "ugly", "sings", ".", "<unk>"], "max_new_tokens": 4, "prompts": ["tea is",
+  "\n\nHuman: sings\n\nAssistant: rain\n\nHuman: tea\n\nAssistant:", "is <eos> warm\n\n B: tea"],
+  "a": ["warm .", "tea sings .\nBetter: A", "rain is warm . tea is ugly ."], "b": ["",
+  "snow is ugly", "<unk> rain"]},
+"tokens": {"prompt_ids": [[3, 4, 5, 0, 20], [6], [4, 0], [6]], "response_ids": [[2, 1], [19, 0,
+  5, 21, 18], [1], [0, 20, 22, 1]]},
+"pairs": [["tea is", "warm .", "ugly rain ."], ["\n\nHuman: sings\n\nAssistant:",
+  "tea sings .\nBetter: A", "warm"], ["rain", "rain is warm . tea is ugly .", "tea"], ["is warm",
+  "ugly", "sings ."]],
+"keys": [[13, 6, 3, 0], [13, 6, 3, 1], [13, 6, 3, 2], [13, 6, 3, 3], [13, 6, 8, 0], [13, 6, 8,
+  1], [13, 6, 8, 2], [13, 6, 8, 3]],
+"arguments": {"seed": 13, "num_generations": 4, "max_new_tokens": 5, "temperature": 1.5,
+  "beta": 0.5, "learning_rate": 0.004, "lr_scheduler_type": "linear", "warmup_steps": 0,
+  "max_grad_norm": 1.0, "micro_batch_size": 5},
+"rotary": {"model_type": "llama", "vocab_size": 23, "hidden_size": 8, "intermediate_size": 12,
+  "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2,
+  "rope_parameters": {"rope_type": "default",
+  "rope_theta": 16.0}, "tie_word_embeddings": false, "rms_norm_eps": 1e-06, "bos_token_id": 1,
+  "eos_token_id": 1},
+"absolute": {"model_type": "gpt2", "vocab_size": 23, "n_embd": 8, "n_layer": 1, "n_head": 2,
+  "n_inner": 16, "n_positions": 48, "layer_norm_epsilon": 1e-05, "resid_pdrop": 0.0,
+  "embd_pdrop": 0.0, "attn_pdrop": 0.0, "bos_token_id": 1, "eos_token_id": 1},
+"steps_rotary": {"num_generations": 5, "warmup_steps": 2},
+"steps_absolute": {"max_grad_norm": 3.0},
+"steps_tso": {"beta": 1.0, "dual_clip": 0.01, "label_margin": 0.02, "reference_steps": 2},
+"samples": [
+  [[[17],[5,12,8,1],[5,12,8,1],[0,13,5,6,21],[5,12,8,1],[5,12,8,1]],
+   [[17,9,4],[17,0,20,7,1],[1],[8,1],[4,1],[1]],
+   [[4,2,5,7,11],[17,9,6,17,1],[9,7,8,1],[12,3,7,1],[15,19,12,12,1],[11,7,14,15,13]]],
+  [[[20],[7,15,1],[7,15,1],[7,15,1],[7,15,1],[7,15,1]],
+   [[3,6,2],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1]],
+   [[4,18,6,14,2],[5,18,1],[5,18,1],[5,18,1],[5,18,1],[5,18,1]]],
+  [[[12],[15,0,6,1],[15,0,6,1],[20,20,8,9,7],[15,0,6,1],[15,0,6,1]],
+   [[11,10,4],[0,11,4,8,9],[20,6,6,2,6],[10,0,0,1],[1],[16,0,21,16,16]],
+   [[20,19,3,8,5],[6,2,1],[7,16,17,6,1],[6,3,2,4,20],[7,6,6,1],[12,12,10,13,1]]],
+  [[[8],[12,6,19,18,15],[12,6,19,18,15],[1],[12,6,19,18,15],[12,6,19,18,15]],
+   [[21,5,14],[3,5,12,1],[16,20,19,1],[17,4,11,8,20],[19,20,18,14,13],[8,12,8,6,5]],
+   [[9,0,10,7,16],[4,1],[10,13,3,1],[20,21,7,6,9],[6,14,1],[7,2,16,6,9]]]]}""")
 
 
 @contextmanager
 def in_float64():
     """What osp.py computes in float32 is then in float64."""
-    zeros = functools.partial(torch.zeros, dtype=torch.float64)
-    with mock.patch.object(torch.Tensor, "float", torch.Tensor.double), mock.patch("torch.zeros", zeros):
-        yield
+    torch.set_default_dtype(torch.float64)
+    try:
+        with mock.patch.object(torch.Tensor, "float", torch.Tensor.double):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
-def verdict_vectors(args):
-    """`strength` and `ranking` of pure.json. The questions 2 3 7 ... 7 4 end at different positions,
-    where the tables have the given logits."""
-    logits = np.random.default_rng(0).normal(0, 3, (2, 8, 2)).round(2)
-    logits[:, 0] = 0
-    logits[:, 1] = [500, -500], [-500, 500]  # exp() must not overflow
-    tables = np.zeros((2, 10, 8, 8))
-    tables[:, 2:, 4, 5:7] = logits
-    judges = [GivenLogits(table) for table in tables]
-    texts = ["7 " * k for k in range(8)]
-    p_12, p_21 = [
-        osp.verdict_probabilities(judge, None, [""] * 8, [""] * 8, texts) for judge in judges]
-    strength = osp.averaged_strength(*torch.tensor([p_12, p_21], dtype=torch.float64))
-    models = osp.Models(None, None, judge=judges[1])
-    candidates = [osp.Candidate([], text) for text in texts]
-    [scores] = osp.ranking_scores(models, [row_of("")], [candidates], args)
-    logits_12, logits_21 = logits.tolist()
-    return {"strength": {"logits_12": logits_12, "logits_21": logits_21, "p_12": p_12, "p_21": p_21,
-                         "strength": strength.tolist()},
-            "ranking": {"logits": logits_21, "scores": scores}}
+def vector_tokenizer():
+    """23 words. There is no padding, and 0 is a word."""
+    vocabulary = {word: i for i, word in enumerate(GIVEN["text"]["vocabulary"])}
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=inner, eos_token="<eos>", unk_token="<unk>")
 
 
-def pair_vectors():
-    """`pairs` of pure.json: few different scores, so that there are ties."""
-    rng, found = np.random.default_rng(0), []
-    for size in range(2, 10):
-        scores = (rng.integers(0, 5, size) / 4).tolist()
-        found.append({"scores": scores, "ranked": osp.ranked_pairs(scores)})
+def vector_models(kind):
+    """Equal models. A key's bias has no gradient but rounding, which Adam would blow up: so it is 0,
+    and is not trained."""
+    rng, norm = np.random.default_rng(1), "transformers.models.llama.modeling_llama.LlamaRMSNorm"
+    with mock.patch(norm, torch.nn.RMSNorm):  # transformers' own is always in float32
+        config = transformers.AutoConfig.for_model(**GIVEN[kind])
+        model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for name, weight in model.named_parameters():
+        mean, deviation = (0, 0.5) if weight.ndim == 2 else (name.endswith("weight"), 0.1)
+        values = rng.normal(mean, deviation, weight.shape).round(2)
+        weight.requires_grad = "c_attn.bias" not in name
+        weight.data = torch.tensor(values.tolist()) * weight.requires_grad
+    start, reference = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
+    return osp.Models(vector_tokenizer(), model, start, reference, judge=start)
+
+
+def parameters_of(model, part, name):
+    """The parameters of a model, or their gradients."""
+    found = {f"{name}.{key}": getattr(weight, part) for key, weight in model.named_parameters()}
+    return {key: value.tolist() for key, value in found.items() if value is not None}
+
+
+def loss_vectors():
+    """Strengths, and losses and their gradients at the points of a grid."""
+    given = GIVEN["average"]
+    found = given | {"strength": osp.averaged_strength(*map(torch.tensor, given.values()))}
+    for name, loss in (("spce", osp.spce_loss), ("dual_clip", osp.dual_clip_loss)):
+        inputs = torch.tensor(list(itertools.product(*GIVEN[name]))).T
+        rewards = inputs[:2].clone().requires_grad_()
+        losses = loss(*rewards, *inputs[2:])
+        [gradients] = torch.autograd.grad(losses.sum(), rewards)
+        found |= {f"{name}.inputs": inputs, f"{name}.loss": losses, f"{name}.gradients": gradients}
     return found
 
 
-def logps_vectors():
-    """`logps` of pure.json, and the arrays of logps.safetensors."""
-    prompts = [[3, 4, 5], [6], [4, 2], [5, 3]]
-    responses = [[2, 1], [3, 0, 5, 1], [1], [0, 6, 6, 2, 4]]
-    table = np.random.default_rng(0).normal(0, 3, (8, 8, 8)).round(3)
-    table[2, 5, [2, 4]] = -900, 800  # exp() must not overflow
-    model = GivenLogits(table)
+def pair_vectors():
+    """Few different scores, so that there are ties; odd and even K."""
+    scores = GIVEN["scores"]
+    return {"scores": scores, "ranked": [osp.ranked_pairs(one) for one in scores]}
+
+
+def optimizer_vectors():
+    """Gradients whose norms are below, above and at the clip; and schedules."""
+    given, args = GIVEN["adamw"], osp.Arguments(lr_scheduler_type="constant")
+    weight, norms, parameters = torch.nn.Parameter(torch.tensor(given["start"])), [], []
+    models = osp.Models(None, torch.nn.ParameterList([weight]))
+    osp.start_training(models, given["learning_rate"], 3, args)
+    for gradient in given["gradients"]:
+        weight.grad = torch.tensor(gradient)
+        norms.append(osp.optimizer_step(models, 0.0, "", args))
+        parameters.append(weight.tolist())
+    rates = {name: rates_of(name, 0.1) for name in GIVEN["schedules"]}
+    return given | {"norms": norms, "parameters": parameters} | rates
+
+
+def draw_vectors():
+    """Single draws from given logits, some at the ends and at the steps of the cumulative sum."""
+    given = GIVEN["draws"]
+    logits, noise = torch.tensor(given["logits"]), torch.tensor(given["noise"], dtype=torch.float64)
+    model = mock.Mock(
+        ["config", "device", "shares_prompts", "words"], config=transformers.LlamaConfig(), device="cpu",
+        words=None,
+        side_effect=lambda input_ids, **_: types.SimpleNamespace(logits=logits[input_ids]))
+    prompts = [[i] for i in range(len(logits))]
+    return given | {"ids": osp.sample(model, prompts, noise[:, None], given["temperature"], [])}
+
+
+def text_vectors():
+    """From texts to ids."""
+    given, tokenizer = GIVEN["text"], vector_tokenizer()
+    texts = prompts, a, b = given["prompts"], given["a"], given["b"]
+    return given | {
+        "framed": [osp.framed(tokenizer, prompt) for prompt in prompts],
+        "prompt_ids": osp.encode_prompts(tokenizer, prompts),
+        "response_ids": osp.encode_responses(tokenizer, prompts * 2, a + b, given["max_new_tokens"]),
+        "questions": [osp.judge_question(*one) for one in zip(*texts)],
+        "question_ids": osp.encode_questions(tokenizer, *texts),
+        "verdict_ids": osp.verdict_format(tokenizer)[1:]}
+
+
+def model_vectors(kind):
+    """What a model says of given tokens, judges and samples."""
+    models, args, given = vector_models(kind), osp.Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
+    prompts, responses = given.values()
     ids, mask = osp.padded(prompts, responses, "cpu")
-    arrays = {"input_ids": ids, "attention_mask": mask, "logits": osp.forward(model, ids, mask)}
-    arrays["position_ids"] = model.position_ids
-    arrays["token_logps"] = osp.token_logps(model, prompts, responses)
-    arrays["logps"] = osp.response_logps(model, prompts, responses, micro_batch_size=2)
-    return {"prompt_ids": prompts, "response_ids": responses, "pad": 0}, arrays
+    texts = [GIVEN["text"][name] for name in ("prompts", "a", "b")]
+    rows, step = [row_of("rain is", 3), row_of("tea", 8)], 6
+    samples = osp.sample_policy(models, rows, step, args)
+    return GIVEN[kind] | parameters_of(models.start, "data", "weights") | given | {
+        "input_ids": ids, "attention_mask": mask,
+        "logits": osp.forward(models.start, ids, mask) * mask[:, :, None],
+        "token_logps": osp.token_logps(models.start, prompts, responses),
+        "logps": osp.response_logps(models.start, prompts, responses, 3),
+        "p_a": osp.verdict_probabilities(models.judge, models.tokenizer, *texts),
+        "noise": [osp.sampling_noise(*key, args.max_new_tokens) for key in GIVEN["keys"]],
+        "samples": [one.ids for one in sum(samples, [])]}
 
 
-def loss_vectors(loss, **grid):
-    """The points of a grid, the losses, and their gradients with respect to the rewards."""
-    columns = torch.tensor(list(itertools.product(*grid.values())), dtype=torch.float64).T
-    rewards = columns[:2].clone().requires_grad_()
-    losses = loss(*rewards, *columns[2:])
-    [gradients] = torch.autograd.grad(losses.sum(), rewards)
-    names = [*grid, "loss", "gradient_1", "gradient_2"]
-    return {name: value.tolist() for name, value in zip(names, [*columns, losses, *gradients])}
+def sft_vectors():
+    """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
+    models, args, found = vector_models("rotary"), osp.Arguments(**GIVEN["arguments"]), {}
+    for task, texts in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
+        loss = osp.supervised_loss(models.policy, *texts, args)
+        found |= {f"{task}.prompt_ids": texts[0], f"{task}.target_ids": texts[1], f"{task}.loss": loss}
+    return {"pairs": GIVEN["pairs"]} | found | parameters_of(models.policy, "grad", "gradient")
 
 
-def adamw_vectors(args):
-    """`adamw` of pure.json."""
-    start, *gradients = np.random.default_rng(0).normal(0, 2, (3, 5)).round(2)
-    gradients[0][:2] = 0, 1e-9
-    weights = torch.nn.ParameterList(torch.tensor(start).split([3, 2]))
-    models = osp.Models(None, weights)
-    parameters, grad_norms, rates = [], [], []
-    osp.start_training(models, 0.01, 4, args)
-    for gradient in gradients:
-        weights[0].grad, weights[1].grad = torch.tensor(gradient).split([3, 2])
-        rates += models.scheduler.get_last_lr()
-        grad_norms.append(osp.optimizer_step(models, 0.0, "", args))
-        parameters.append(torch.cat(list(weights)).tolist())
-    return {"start": start.tolist(), "gradients": np.array(gradients).tolist(),
-            "parameters": parameters, "grad_norms": grad_norms, "learning_rates": rates}
-
-
-def pure_vectors(args):
-    """pure.json, and the arrays of logps.safetensors; all in float64."""
-    pure = verdict_vectors(args) | {"adamw": adamw_vectors(args)}
-    schedules = ["linear", "cosine", "constant", "constant_with_warmup"]
-    pure["schedules"] = {name: rates_of(name, 0.1) for name in schedules}
-    pure["logps"], arrays = logps_vectors()
-    pure["pairs"] = pair_vectors()
-    pure["spce"] = loss_vectors(
-        osp.spce_loss, reward_1=[-5000, -64, -7.5, 0.25, 64, 5000], reward_2=[0, 0.25],
-        strength=[0, 1e-6, 0.25, 0.5, 1])
-    sides = [-300, -0.5, -0.1, 0.1, 0.5, 300]  # none is a clip, where there would be no one gradient
-    pure["dual_clip"] = loss_vectors(
-        osp.dual_clip_loss, reward_1=sides, reward_2=sides, label=[0, 1], clip=[0.2, 1, 1000])
-    return pure, arrays
-
-
-def vector_model():
-    """A Llama of 4,944 parameters."""
-    rng = np.random.default_rng(2)
-    config = transformers.LlamaConfig(**VECTOR_SHAPE, tie_word_embeddings=True)
-    model = transformers.LlamaForCausalLM(config)
-    for name, weight in model.named_parameters():
-        mean, deviation = (1.0, 0.1) if "norm" in name else (0.0, 0.4)
-        weight.data = torch.tensor(rng.normal(mean, deviation, weight.shape)).float()
-    return model.requires_grad_(False)
-
-
-def given_samples(rng):
-    """A step's rows and candidates, whose source is their number. Some are cut off, some identical."""
+def given_samples(tokenizer, samples, K):
+    """A step's rows, and K candidates of each, whose source is their number."""
     rows, candidates = [], []
-    for i in range(3):
-        prompt = rng.integers(7, 32, 2 + i).tolist()
-        rows.append(row_of(as_text(prompt), i, prompt))
-        ids = [(rng.integers(7, 32, length).tolist() + [1])[:6] for length in rng.integers(0, 7, 4)]
-        ids[2] = ids[i]
-        if i == 0:
-            ids[1] = ids[0]  # three of a kind, so a pair of identical ones is dropped
-        candidates.append([osp.Candidate(one, as_text(one), k) for k, one in enumerate(ids)])
+    for i, (prompt, *ids) in enumerate(samples):
+        rows.append(row_of(tokenizer.decode(prompt), i, prompt))
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        candidates.append(list(map(osp.Candidate, ids[:K], texts, range(K))))
     return rows, candidates
 
 
-def question_vectors(name, judge, questions, *shape):
-    """Questions as ids, their lengths, and the judge's logits of A and B, in this shape."""
-    ids, mask = osp.padded([[]] * len(questions), questions, "cpu")
-    lengths = mask.sum(1)
-    logits = osp.forward(judge, ids, mask)[torch.arange(len(ids)), lengths - 1, 5:7]
-    return {name + "_questions": ids.reshape(*shape, -1),
-            name + "_lengths": lengths.reshape(shape),
-            name + "_logits": logits.reshape(*shape, 2)}
+def step_vectors(kind, method, own):
+    """Steps of a method with given responses: its stages, but for `sample`, and what they leave."""
+    found = GIVEN["arguments"] | own
+    args, models, pairs = osp.Arguments(**found), vector_models(kind), []
+    osp.start_training(models, args.learning_rate, 4, args)
+    models.optimizer.zero_grad = mock.Mock()  # gradients stay to be read
+
+    def update(models, kept, *rest):
+        pairs.extend(kept)
+        return osp.update(models, kept, *rest)
+
+    for step, samples in enumerate(GIVEN["samples"]):
+        models.policy.zero_grad()
+        pairs.clear()
+        rows, candidates = given_samples(models.tokenizer, samples, args.num_generations)
+        stages = dataclasses.replace(method(args), sample=lambda *_: candidates, update=update)
+        metrics = osp.train_step(models, rows, stages, step, args)
+        items = {
+            "prompt_ids": [row.ids for row in rows],
+            "responses": [[one.ids for one in row] for row in candidates],
+            "scores": [[one.score for one in row] for row in candidates],
+            "pairs": [[pair.row.index, pair.better.source, pair.worse.source] for pair in pairs],
+            "losses": [pair.seen[0] for pair in pairs],
+            "rewards": [pair.seen[1:] for pair in pairs]}
+        for name in ("verdicts", "strength", "ref_logps"):
+            items[name] = [getattr(pair, name) for pair in pairs]
+        items |= {f"metrics.{name}": value for name, value in metrics.items()}
+        items |= parameters_of(models.policy, "grad", "gradient")
+        items |= parameters_of(models.policy, "data", "after")
+        found |= {f"{step + 1}.{name}": value for name, value in items.items()}
+    return found
 
 
-def weight_vectors(kind, policy, part):
-    """By their names the policy's weights, or another part of its parameters."""
-    return {f"{kind}.{name}": part(weight).clone() for name, weight in policy.named_parameters()}
+def spce_method(args):
+    """osp.Method, whose defaults do not follow a break."""
+    return osp.Method(score=osp.ranking_scores, strength=osp.judge_pairs, loss=osp.spce_loss)
 
 
-def step_vectors(models, rows, candidates, step, args):
-    """A step's entry of steps.json and its arrays: osp.train_step with given responses, watched."""
-    before = copy.deepcopy(models.policy).requires_grad_(False)
-    found, optimizer_step = {}, osp.optimizer_step
+VECTORS = {  # file -> what makes its items
+    "loss": loss_vectors,
+    "pairs": pair_vectors,
+    "optimizer": optimizer_vectors,
+    "draws": draw_vectors,
+    "text": text_vectors,
+    "rotary": lambda: model_vectors("rotary"),
+    "absolute": lambda: model_vectors("absolute"),
+    "sft": sft_vectors,
+    "steps_rotary": lambda: step_vectors("rotary", spce_method, GIVEN["steps_rotary"]),
+    "steps_absolute": lambda: step_vectors("absolute", spce_method, GIVEN["steps_absolute"]),
+    "steps_tso": lambda: step_vectors("rotary", osp.tso, GIVEN["steps_tso"])}
 
-    def watched(models, *rest):
-        found.update(weight_vectors("gradient", models.policy, lambda weight: weight.grad))
-        return optimizer_step(models, *rest)
 
-    method = osp.Method(sample=lambda *_: candidates)
-    with mock.patch.object(osp, "optimizer_step", watched):
-        _, pairs, figures = osp.train_step(models, rows, method, step, args)
-    found |= weight_vectors("after", models.policy, torch.Tensor.detach)
-    metrics = {"step": step + 1} | osp.step_figures(models, candidates, pairs, method, args) | figures
-    if step == 0:
-        del metrics["margin_accuracy"]  # its margins are 0 but for rounding
-    pairs = [pair for pair in pairs if pair.strength is not None]
-    responses, P = sum(candidates, []), len(pairs)
-    ranking, judging = osp.encode_questions.call_args_list[-2:]
-    questions = id_questions(*judging.args)
-    both_orders = sum(zip(questions[:P], questions[P:]), ())  # of a pair side by side
-    found |= question_vectors("rank", models.judge, id_questions(*ranking.args), 3, 4)
-    found |= question_vectors("pair", models.judge, both_orders, P, 2)
-    found["scores"] = torch.tensor([one.score for one in responses]).reshape(3, 4)
-    found["strength"] = torch.tensor([pair.strength for pair in pairs])
-    seen = torch.tensor([pair.seen for pair in pairs])
-    found["losses"], found["rewards"] = seen[:, 0], seen[:, 1:]
-    prompts = [pair.row.ids for pair in pairs] * 2
-    sides = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
-    for name, model in (("ref", models.reference), ("policy", before)):
-        token_logps = osp.token_logps(model, prompts, sides)
-        found[name + "_token_logps"] = token_logps.reshape(2, P, -1).transpose(0, 1)
-    entry = {"prompt_ids": [row.ids for row in rows],
-             "responses": osp.chunks([one.ids for one in responses], 4),
-             "pairs": [[pair.row.index, pair.better.source, pair.worse.source] for pair in pairs],
-             "metrics": metrics}
-    return entry, {f"{name}.{step + 1}": array.contiguous() for name, array in found.items()}
+def vectors(file):
+    """A file's items as JSON has them, with floats of twelve digits."""
+    text = json.dumps(VECTORS[file](), default=lambda one: one.tolist())
+    return json.loads(text, parse_float=lambda number: float(f"{float(number):.12g}"))
+
+
+# Made once, before any break
+right_vectors = functools.cache(in_float64()(vectors))
 
 
 def write_vectors(folder):
     """python test_osp.py vectors FOLDER: fills the folder with VECTORS_README and what it explains."""
-    folder, args, sft = Path(folder), osp.Arguments(**VECTOR_ARGUMENTS), vector_model()
-    policy, tokenizer = copy.deepcopy(sft).requires_grad_(True), types.SimpleNamespace(eos_token_id=1)
-    models = osp.Models(tokenizer, policy, sft, reference=sft, judge=sft)
-    asked, verdicts = mock.Mock(side_effect=id_questions), mock.Mock(return_value=("", 5, 6))
-    rng, entries, arrays = np.random.default_rng(15), [], {}
-    with mock.patch.multiple(osp, encode_questions=asked, verdict_format=verdicts):
-        with in_float64():
-            pure, logps = pure_vectors(args)
-        osp.start_training(models, args.learning_rate, 3, args)
-        for step in range(3):
-            entry, found = step_vectors(models, *given_samples(rng), step, args)
-            entries.append(entry)
-            arrays |= found
-
+    folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "README.md").write_text(VECTORS_README)
-    texts = {"pure": pure, "model": VECTOR_SHAPE | {"rope_theta": 10000.0},
-             "steps": {"arguments": VECTOR_ARGUMENTS, "steps": entries}}
-    for name, value in texts.items():
-        (folder / f"{name}.json").write_text(json.dumps(value, indent=1, allow_nan=False) + "\n")
-    tensors = {"logps": logps, "weights": dict(sft.named_parameters()), "steps": arrays}
-    for name, value in tensors.items():
-        safetensors.torch.save_file(value, folder / f"{name}.safetensors")
+    mistakes = "".join(f"* {name}: {file}.json\n" for name, (file, *_) in BREAKS.items())
+    (folder / "README.md").write_text(VECTORS_README + mistakes)
+    for file in VECTORS:
+        items = right_vectors(file).items()
+        lines = [f"{json.dumps(name)}: {json.dumps(value)}" for name, value in items]
+        (folder / f"{file}.json").write_text("{\n" + ",\n".join(lines) + "\n}\n")
 
 
-def golden(folder):
-    """What GOLDEN has of the files: a digest of all but the floats, and by name a sum of the floats.
-    Each has its own weight in it, and arcsinh keeps the large from hiding the small. Steps are one."""
-    named, exact, found = {}, [], {}
-    for file in ("pure", "steps"):
-        for name, value in json.loads((folder / f"{file}.json").read_text()).items():
-            named[f"{file}.{name}"] = value
-    for file in ("logps", "steps"):
-        arrays = safetensors.torch.load_file(folder / f"{file}.safetensors")
-        for name, array in sorted(arrays.items()):
-            kind = f"{file}.{name.split('.')[0]}"
-            named.setdefault(kind, []).append([name, str(array.dtype), array.tolist()])
-    for name, value in named.items():
-        floats = []
-        text = json.dumps(value)
-        exact.append(json.loads(text, parse_float=floats.append))  # which puts null in their place
-        weights = np.cos(np.arange(len(floats)))
-        if floats:
-            found[name] = float(np.arcsinh(np.array(floats, dtype=float)) @ weights)
-    digest = hashlib.sha256(json.dumps(exact).encode()).hexdigest()
-    return found | {"digest": digest[:20]}
+NUMBER = re.compile(r"-?\d+(?:\.\d+)?(?:e[-+]\d+)?")
 
 
-GOLDEN = json.loads("""
-{"pure.strength": 12.7557205419, "pure.ranking": -3.89344540882, "pure.adamw": 2.32150032049,
-"pure.schedules": -2.11416860685, "pure.pairs": -0.53486470179, "pure.spce": 21.1455301264,
-"pure.dual_clip": 65.3513071446, "steps.arguments": 0.116052, "steps.steps": -2.11138, "logps.logits":
-22.8951510223, "logps.logps": -4.91347741925, "logps.token_logps": -9.62588851089, "steps.after": 3.1003,
-"steps.gradient": 3.28385, "steps.losses": 0.655635, "steps.pair_logits": 3.72027,
-"steps.policy_token_logps": 4.27228, "steps.rank_logits": -0.133597, "steps.ref_token_logps": 4.64545,
-"steps.rewards": -0.5367, "steps.scores": -0.263052, "steps.strength": 0.726984, "digest":
-"73f438ad54c280ab6f0d"}""")
+def numbers(value):
+    """All numbers of a value in order, and the text between them."""
+    text = json.dumps(value)
+    return np.array(NUMBER.findall(text), dtype=float), NUMBER.sub("", text)
 
 
-def test_vectors(tmp_path):
-    """The numbers that ports are checked with are those of yesterday."""
-    write_vectors(tmp_path)
-    found = golden(tmp_path)
-    assert found.pop("digest") == GOLDEN["digest"]
-    for name, value in found.items():
-        # float32 rounds by 6e-8 and a log-probability, of size 10, is good to 1e-5. Weights that are
-        # wrong by 1e-7 change no sum by more than 2e-5
-        tolerance = 1e-4 if name.startswith("steps") else 1e-9
-        assert value == pytest.approx(GOLDEN[name], rel=tolerance, abs=tolerance), name
-    arrays = safetensors.torch.load_file(tmp_path / "steps.safetensors")
-    for row in torch.cat([arrays[f"scores.{step}"] for step in (1, 2, 3)]):
-        assert row.unique().diff().min() > 0.01  # no near tie, for other processors to turn round
+def gaps(found, right):
+    """By item: the largest difference, in tolerances; infinite if more than numbers differ."""
+    result = {}
+    for name, value in right.items():
+        (ours, our_text), (theirs, their_text) = numbers(value), numbers(found.get(name))
+        known = [part for part in ("other", *name.split(".")) if part in TOLERANCES]
+        result[name] = math.inf
+        if our_text == their_text:
+            gap = abs(ours - theirs) / np.maximum(1, abs(ours))
+            result[name] = gap.max(initial=0) / TOLERANCES[known[-1]]
+    return result
+
+
+GOLDEN = json.loads("""{"loss": -7.64813280231, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
+"draws": -3.1507149951, "text": 7.33497410936, "rotary": 48.6445216071, "absolute": -15.3018313951,
+"sft": 1.55703811337, "steps_rotary": 18.0598876009, "steps_absolute": 40.9381050269,
+"steps_tso": 56.219246951}""")
+
+
+@pytest.mark.parametrize("file", VECTORS)
+def test_vectors_are_those_of_yesterday_and_float32_is_within_their_tolerances(file):
+    """Each number has its own weight in a sum; arcsinh keeps the large from hiding the small."""
+    right = right_vectors(file)
+    values, _ = numbers(list(right.values()))
+    total = np.arcsinh(values) @ np.cos(np.arange(len(values)))
+    assert total == pytest.approx(GOLDEN[file], rel=1e-8, abs=1e-8)
+    found = gaps(vectors(file), right)
+    assert max(found.values()) < 1, max(found, key=found.get)
+    for scores in itertools.chain(*(right[name] for name in right if name.endswith("scores"))):
+        assert np.diff(np.unique(scores)).min(initial=1) > 5e-4  # no near tie
+
+
+def mean_of_micro_batches(real, model, losses_of, items, total, size, args):
+    """Every micro-batch has the same weight, however many losses it has."""
+    def weighted(part):
+        losses, seen = losses_of(part)
+        return losses * total / (losses != 0).sum() / math.ceil(len(items) / size), seen
+    return real(model, weighted, items, total, size, args)
+
+
+def masked_by_id(pad, real, *args):
+    """Padding is a token, and the mask goes by its id."""
+    ids, mask = real(*args)
+    ids = ids.where(mask > 0, pad)
+    return ids, (ids != pad).long()
+
+
+def unplaced(real, model, *rest):
+    """The policy in training gets no position ids."""
+    def without_positions(position_ids, **more):
+        return model(**more)
+    return real(without_positions if torch.is_grad_enabled() else model, *rest)
+
+
+def always_clipped(real, weights, most):
+    """Gradients below the norm grow to it."""
+    weights = [weight for weight in weights if weight.grad is not None]
+    norm = real(weights, most)
+    for weight in weights:
+        weight.grad *= max(1, most / norm)
+    return norm
+
+
+def moving_without_pairs(part, real, models, *rest):
+    """A step without pairs is one of a gradient of 0."""
+    result = real(models, *rest)
+    if not result["pairs"]:
+        for weight in models.policy.parameters():
+            weight.grad = torch.zeros_like(weight)
+        getattr(models, part).step()
+    return result
+
+
+# Wrong ports: the file that must notice it, where in osp it is, and what is done there instead
+BREAKS = {
+    "a tie is trained as a win": (
+        "loss", "spce_loss", lambda real, one, two, p: real(one, two, p.where(p != 0.5, 1.0))),
+    "the dual clip takes soft labels": ("loss", "dual_clip_loss", lambda real, one, two, p, clip: (
+        p * real(one, two, p > -1, clip) + (1 - p) * real(one, two, p < -1, clip))),
+    "the second order is not asked": ("loss", "averaged_strength", lambda real, p, q: p),
+    "an odd K leaves out the last": (
+        "pairs", "ranked_pairs", lambda real, scores: real(scores[: len(scores) // 2 * 2])),
+    "ties are turned round": ("pairs", "ranked_pairs", lambda real, scores: real(
+        [score + 1e-9 * k for k, score in enumerate(scores)])),
+    "gradients are always clipped": ("optimizer", "nn.utils.clip_grad_norm_", always_clipped),
+    "weights decay": ("optimizer", "torch.optim.AdamW", lambda real, *weights, **more: real(
+        *weights, **more | {"weight_decay": 0.01})),
+    "the warm-up is a step too long": (
+        "optimizer", "transformers.get_scheduler", lambda real, name, optimizer, warmup, steps: real(
+            name, optimizer, warmup + 1, steps)),
+    "the schedule is a step too long": (
+        "optimizer", "transformers.get_scheduler", lambda real, *args: real(*args[:3], args[3] + 1)),
+    "a draw on a step goes below it": (
+        "draws", "torch.searchsorted", lambda real, cdf, at, right: real(cdf, at)),
+    "noise is rounded to float32": ("draws", "sample", lambda real, model, prompts, noise, *rest: real(
+        model, prompts, noise.to(torch.float32).double(), *rest)),
+    "no temperature": ("draws", "sample", lambda real, *args: real(*args[:3], 1.0, args[4])),
+    "samples have no EOS": ("rotary", "sample", lambda real, *args: [
+        [i for i in ids if i != 1] for ids in real(*args)]),
+    "samples go on after EOS": ("rotary", "sample", lambda real, *args: real(*args[:4], [-1])),
+    "all prompts have one noise": ("rotary", "sampling_noise", lambda real, seed, step, _, *more: real(
+        seed, step, 0, *more)),
+    "no quotes": ("text", "quoted", lambda real, text: text),
+    "the prompt is no transcript": ("text", "transcript", lambda real, prompt: prompt),
+    "A and B change places": ("text", "judge_question", lambda real, x, a, b: real(x, b, a)),
+    "verdicts change places": ("text", "verdict_format", lambda real, one: ("", *real(one)[:0:-1])),
+    "a text makes special tokens": ("text", "framed", lambda real, tokenizer, prompt: prompt),
+    "a cut response has an EOS": ("text", "encode_responses", lambda real, *args: [
+        ids + [1] * (ids[-1] != 1) for ids in real(*args)]),
+    "EOS is left out of a response": ("rotary", "token_logps", lambda real, model, x, y, *more: (
+        real(model, x, y, *more) * (osp.padded([[]] * len(y), y, "cpu")[0] != 1))),
+    "EOS is counted after a response": ("rotary", "response_logps", lambda real, model, x, y, *more: (
+        real(model, x, [ids + [1] for ids in y], *more))),
+    "means and not sums": ("rotary", "response_logps", lambda real, model, x, y, *more: (
+        real(model, x, y, *more) / torch.tensor(list(map(len, y))))),
+    "padding is known by its id 0": ("rotary", "padded", functools.partial(masked_by_id, 0)),
+    "EOS is padding": ("rotary", "padded", functools.partial(masked_by_id, 1)),
+    "SFT's loss is a mean of micro-batches": ("sft", "accumulate_gradients", mean_of_micro_batches),
+    "the loss is a mean of micro-batches": (
+        "steps_rotary", "accumulate_gradients", mean_of_micro_batches),
+    "beta is left out of one side": (
+        "steps_rotary", "spce_loss", lambda real, one, two, p: real(one, two / 0.5, p)),
+    "a strength is at least 1/2": ("steps_rotary", "judge_pairs", lambda real, *args: [
+        max(p, 1 - p) for p in real(*args)]),
+    "the baseline is not ranked": ("steps_rotary", "ranking_scores", lambda real, *args: [
+        [0.5, *scores[1:]] for scores in real(*args)]),
+    "the schedule moves without pairs": (
+        "steps_rotary", "train_step", functools.partial(moving_without_pairs, "scheduler")),
+    "the optimizer moves without pairs": (
+        "steps_rotary", "train_step", functools.partial(moving_without_pairs, "optimizer")),
+    "the trainer ignores position ids": ("steps_absolute", "forward", unplaced),
+    "small gradients are clipped": ("steps_absolute", "nn.utils.clip_grad_norm_", always_clipped),
+    "a tied weight has the output's gradient": (
+        "steps_absolute", "nn.Embedding.forward", lambda real, *args: real(*args).detach()),
+    "the reference never moves": ("steps_tso", "move_reference", lambda real, *args: None),
+    "the reference moves a step late": ("steps_tso", "move_reference", lambda real, models, step, args: (
+        real(models, step - 1, args))),
+    "TSO's labels are soft": (
+        "steps_tso", "corrected_labels", lambda real, *args: osp.judge_pairs(*args)),
+    "unsure pairs are kept": ("steps_tso", "corrected_labels", lambda real, models, pairs, args: real(
+        models, pairs, dataclasses.replace(args, label_margin=0.0)))}
+
+
+@pytest.mark.parametrize("name", BREAKS)
+def test_vectors_notice_a_wrong_port(name, monkeypatch):
+    file, where, wrong = BREAKS[name]
+    right = right_vectors(file)  # made before the break
+    real = pkgutil.resolve_name(f"osp.{where}")
+    monkeypatch.setattr(f"osp.{where}", lambda *args, **more: wrong(real, *args, **more))
+    found = gaps(in_float64()(vectors)(file), right)
+    assert max(found.values()) > 3
 
 
 # Variants: what the paper compares, and TSO in parts ----------------------------------------------
 def dpo_loss(reward_1, reward_2, strength):
     """DPO on the same pairs: strengths rounded to 0 or 1; ties stay 1/2."""
-    rounded = (strength > 0.5).to(strength).where(strength != 0.5, 0.5)
-    return osp.spce_loss(reward_1, reward_2, rounded)
+    return osp.spce_loss(reward_1, reward_2, (1 + (strength - 0.5).sign()) / 2)
 
 
 def ipo_loss(reward_1, reward_2, strength, beta):
@@ -2038,26 +1974,22 @@ def data_responses(models, rows, step, args):
     """The data's own chosen and rejected responses in turn, of at most K//2 pairs."""
     candidates = []
     for row in rows:
-        texts = sum(map(list, row.responses[: args.num_generations // 2]), [])
-        prompts = [row.prompt] * len(texts)
-        ids = osp.encode_responses(models.tokenizer, prompts, texts, args.max_new_tokens)
-        candidates.append([osp.Candidate(one, text, "data") for one, text in zip(ids, texts)])
+        found = []
+        for text in sum(row.responses[: args.num_generations // 2], []):
+            [ids] = osp.encode_responses(models.tokenizer, [row.prompt], [text], args.max_new_tokens)
+            found.append(osp.Candidate(ids, text, "data"))
+        candidates.append(found)
     return candidates
 
 
-def random_scores(models, rows, candidates, args):
-    """Uniform scores, a function of what was sampled, so that a resumed run draws the same ones."""
-    scores = []
-    for row, found in zip(rows, candidates):
-        ids = [token for candidate in found for token in candidate.ids]
-        rng = np.random.default_rng((args.seed, row.index, *ids))
-        scores.append(rng.random(len(found)).tolist())
-    return scores
+def equal_scores(models, rows, candidates, args):
+    """No ranking: responses pair by their order, which among samples of one policy means nothing."""
+    return [[0.5] * len(found) for found in candidates]
 
 
 def adjacent_pairs(scores):
     """Best with second best, and so on downwards; an odd K leaves out the worst."""
-    order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
+    order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
     return list(zip(order[::2], order[1::2]))
 
 
@@ -2082,8 +2014,8 @@ def noisy_labels(models, pairs, args, noise, drawn):
 
 def labels_by_source(models, pairs, args):
     """TSO without corrections: the label goes by who wrote the two; pairs of one writer are dropped."""
-    osp.judge_pairs(models, pairs, args)  # its verdicts are figures of metrics.jsonl only
     prior, labels = [*osp.HUMAN, "policy", "reference", "start"], []
+    osp.judge_pairs(models, pairs, args)  # its verdicts are figures of metrics.jsonl only
     for pair in pairs:
         better, worse = prior.index(pair.better.source), prior.index(pair.worse.source)
         labels.append(None if better == worse else float(better < worse))
@@ -2097,13 +2029,18 @@ def changed(method, **stages):
 
 def tso_matrix(roles, with_human):
     """TSO with another model matrix."""
-    return lambda args: dataclasses.replace(osp.tso(args), **osp.model_matrix(roles, args, with_human))
+    return lambda args: dataclasses.replace(osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
 
 
-OSP = osp.METHODS["osp"]
-OFFLINE = changed(  # the scores fall, so that neighbours pair as they stand
-    OSP, sample=data_responses, pair=adjacent_pairs,
-    score=lambda models, rows, candidates, args: [range(len(found), 0, -1) for found in candidates])
+def collecting(args):
+    """--method collect; where near ties are kept, it asks about one random pair of a prompt."""
+    rng = np.random.default_rng(args.seed)
+    at_random = changed(COLLECTING, pair=lambda scores: [rng.permutation(len(scores))[:2]])
+    return at_random(args) if args.min_strength == 0.5 else COLLECTING(args)
+
+
+OSP, COLLECTING = osp.METHODS["osp"], osp.METHODS["collect"]
+OFFLINE = changed(OSP, sample=data_responses, score=equal_scores, pair=adjacent_pairs)
 ABLATIONS = {
     "spce": OSP,
     "dpo": changed(OSP, loss=dpo_loss),
@@ -2111,7 +2048,7 @@ ABLATIONS = {
     "sampled_once": changed(OSP, sample=sample_once),
     "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, args: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
-    "random": changed(OSP, score=random_scores),
+    "random": changed(OSP, score=equal_scores),
     "best_worst": changed(OSP, pair=lambda scores: osp.ranked_pairs(scores)[:1]),
     "adjacent": changed(OSP, pair=adjacent_pairs),
     "one_order": changed(OSP, strength=one_order),
@@ -2122,44 +2059,29 @@ ABLATIONS = {
     "tso_no_clip": lambda args: osp.tso(dataclasses.replace(args, dual_clip=math.inf)),
     "tso_fixed": changed(osp.tso, after_step=osp.Method().after_step, moves_reference=False)}
 NOISE = {}
-for percent in ("00", "20", "40"):
-    for kind in ("noisy", "drawn"):
-        labels = functools.partial(noisy_labels, noise=int(percent) / 100, drawn=kind == "drawn")
-        NOISE[f"{kind}_{percent}"] = changed(OSP, sample=sample_once, strength=labels)
-VARIANTS = ABLATIONS | NOISE
+for percent, kind in itertools.product(("00", "20", "40"), ("noisy", "drawn")):
+    labels = functools.partial(noisy_labels, noise=int(percent) / 100, drawn=kind == "drawn")
+    NOISE[f"{kind}_{percent}"] = changed(OSP, sample=sample_once, strength=labels)
+VARIANTS = ABLATIONS | NOISE | {"collect": collecting}
 
 
-def run_variant(name, *argv):
-    """python test_osp.py run NAME [arguments of osp.py]"""
-    return osp.main(["--method", name, *argv])
-
-
-@functools.lru_cache
 def builtin_pairs(split):
     """A split's (prompt, chosen, rejected)s."""
     rows = map(osp.parse_row, osp.builtin_preferences()[split])
     return [row for row in rows if isinstance(row, tuple)]
 
 
-def variant_world(**more):
+def variant_world():
     """Three random models, six prompts and arguments, to try a variant on."""
-    args = dataclasses.replace(arguments("--num_generations 6 --warmup_steps 0"), **more)
+    args = arguments("--num_generations 6 --warmup_steps 0 --label_margin 1e-6")
     models = builtin_models(0, 1, 2)
     osp.start_training(models, 1e-3, 10, args)
     return models, osp.distinct_prompts(models.tokenizer, builtin_pairs("train"), 6), args
 
 
-def pairs_at(step, name, models, rows, args):
-    """The pairs that a variant makes in a step, and what is the same when they are."""
-    _, pairs = osp.make_pairs(models, rows, VARIANTS[name](args), step, args)
-    pairs = sum(pairs, [])
-    return pairs, [(pair.row.index, pair.better.ids, pair.worse.ids, pair.strength) for pair in pairs]
-
-
 def test_losses_and_pairs_for_comparison_by_hand():
     rewards, p = (torch.tensor([0.1] * 3), torch.tensor([-0.1] * 3)), torch.tensor([0.9, 0.2, 0.5])
-    up, down = math.log(1 + math.exp(-0.2)), math.log(1 + math.exp(0.2))
-    assert dpo_loss(*rewards, p).tolist() == pytest.approx([up, down, (up + down) / 2])
+    assert torch.equal(dpo_loss(*rewards, p), osp.spce_loss(*rewards, torch.tensor([1.0, 0.0, 0.5])))
     expected = [(2 - 5) ** 2, (-2 - 5) ** 2, 25]  # 1 / (2 * 0.1) is 5
     assert ipo_loss(*rewards, p, beta=0.1).tolist() == pytest.approx(expected, rel=1e-5)
     scores = [0.5, 0.9, 0.1, 0.7, 0.6]
@@ -2170,218 +2092,220 @@ def test_losses_and_pairs_for_comparison_by_hand():
 def test_noisy_and_drawn_labels(monkeypatch):
     monkeypatch.setattr(osp, "judge_pairs", lambda models, pairs, args: [0.9] * len(pairs))
     pairs = [pair_of(osp.Candidate([i], ""), "") for i in range(5000)]
-    noisy, drawn, again = [
-        noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True, True)]
+    noisy, drawn = [noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True)]
     assert noisy[0] == pytest.approx(0.75 * 0.9 + 0.25 * 0.1)
-    assert set(drawn) == {0.0, 1.0} and drawn == again
+    assert set(drawn) == {0.0, 1.0}
     assert np.mean(drawn) == pytest.approx(0.7, abs=0.02)
 
 
 def test_which_candidates_are_the_same_in_every_step():
-    world = variant_world()
-    models, rows, _ = world
-    own = sum([row.responses[:3] for row in rows], [])  # K//2 pairs of each
-    for name in ("sampled_once", "drawn_20", "offline_dpo", "offline_spce"):
-        pairs, first = pairs_at(0, name, *world)
-        assert len(pairs) >= 15 and pairs_at(3, name, *world)[1] == first
-        if "offline" in name:
-            assert [[pair.better.text, pair.worse.text] for pair in pairs] == own
-            assert models.tokenizer.decode(pairs[0].worse.ids) == pairs[0].worse.text + " <eos>"
-            rounded = {pair.strength for pair in pairs} & {0.0, 1.0}
-            assert rounded == ({1.0} if name == "offline_dpo" else set())
-    for name in ("spce", "random"):
-        first, again, later = [pairs_at(step, name, *world)[1] for step in (0, 0, 3)]
-        assert first == again != later
-
-
-def test_labels_of_tso_without_corrections():
     models, rows, args = variant_world()
+    for name in ("spce", "sampled_once", "drawn_20", "offline_dpo"):
+        method = VARIANTS[name](args)
+        first, later = [osp.make_pairs(models, rows, method, step, args) for step in (0, 3)]
+        assert (first == later) == (name != "spce")
+    for row, found in zip(rows, first[1]):
+        assert [[pair.better.text, pair.worse.text] for pair in found] == row.responses[:3]
+
+
+def test_labels_of_tso_without_corrections(monkeypatch):
+    monkeypatch.setattr(osp, "judge_pairs", lambda *_: None)
     writers = "start", "policy", *osp.HUMAN
-    start, policy, chosen, rejected = [osp.Candidate([5, 1], "rain", one) for one in writers]
+    start, policy, chosen, rejected = [osp.Candidate([], "", writer) for writer in writers]
     pairs = [(start, policy), (policy, start), (policy, rejected), (rejected, chosen), (start, start)]
-    pairs = [pair_of(*pair, row=rows[0]) for pair in pairs]
-    assert labels_by_source(models, pairs, args) == [0.0, 1.0, 0.0, 0.0, None]
+    assert labels_by_source(None, [pair_of(*pair) for pair in pairs], None) == [0, 1, 0, 0, None]
 
 
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_variant_makes_a_step(name):
-    models, rows, args = variant_world(label_margin=1e-6)
-    before = weights_of(models.policy)
-    metrics = osp.measured_step(models, rows, VARIANTS[name](args), 0, args)
-    assert json.dumps(metrics, allow_nan=False)
-    assert metrics["pairs"] > 0
-    assert not torch.equal(before, weights_of(models.policy))
+    models, rows, args = variant_world()
+    metrics = osp.train_step(models, rows, VARIANTS[name](args), 0, args)
+    assert metrics["grad_norm"] > 0
 
 
 # Bench: make bench, fixed work --------------------------------------------------------------------
-BENCH_PROMPTS, BENCH_PROMPT, BENCH_RESPONSE = 8, 32, 64
-BENCH_STAGES = ["sample", "rank", "judge", "reference", "update"]
-
-
-def bench_models(args):
-    """A random Llama of 5.3M parameters as policy and as pi_SFT, and a tokenizer of 4,100 words."""
-    words = osp.JUDGE_FRAME.format(prompt="> Human:", a="> A", b="> B").split()
-    words = dict.fromkeys(["<eos>", *words, *(f"w{i}" for i in range(4096))])
-    vocabulary = {word: i for i, word in enumerate(words)}
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<eos>"))
-    inner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<eos>")
-    torch.manual_seed(0)
-    policy = transformers.LlamaForCausalLM(transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=256, intermediate_size=704, num_hidden_layers=4,
-        num_attention_heads=4, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0))
-    start = osp.bf16_copy(policy) if args.bf16 else copy.deepcopy(policy)
-    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
-    osp.start_training(models, 1e-4, 100, args)
-    return models
+BENCH_WORDS = [f"w{i}" for i in range(4000)]
 
 
 def matmul_seconds(flops, dtype=torch.float32):
     """What so many FLOPs take in a matrix product: this machine's own speed, in the same run."""
-    matrix, found = torch.randn(1024, 1024).to(dtype), []
-    for _ in range(100):
+    matrix = torch.randn(512, 512).to(dtype)
+    seconds = min(timeit.repeat(lambda: matrix @ matrix, number=1, repeat=20))
+    return flops * seconds / (2 * 512**3)
+
+
+def timed(stage, seconds):
+    """A stage that notes its wall time."""
+    def timed_stage(*args):
         start = time.perf_counter()
-        matrix @ matrix
-        found.append(time.perf_counter() - start)
-    return flops * min(found) / (2 * 1024**3)
+        result = stage(*args)
+        seconds.append(time.perf_counter() - start)
+        return result
+    return timed_stage
 
 
-def bench_step(K, precision, threads):
-    """Prints the better of two steps after one to warm up. In a process of its own."""
-    torch.set_num_threads(int(threads))
-    osp.stop_token_ids = lambda *_: [-1]  # every response runs to its full length
-    args = arguments(f"--num_generations {K} --max_new_tokens {BENCH_RESPONSE} --micro_batch_size 16")
-    args.bf16 = precision == "bf16"
-    models, found = bench_models(args), []
-    texts = np.random.default_rng(0).integers(0, 4096, (BENCH_PROMPTS, BENCH_PROMPT))
-    prompts = [(" ".join(f"w{i}" for i in text),) for text in texts]
-    rows = osp.distinct_prompts(models.tokenizer, prompts, BENCH_PROMPTS)
+def bench_step(K, bf16):
+    """Seconds of each stage, the better of two steps after one to warm up, and the FLOPs of a step: 8
+    prompts of 32 tokens, responses of 64, a random Llama of 5.3M parameters and 4,100 words."""
+    args = arguments(f"--num_generations {K} --max_new_tokens 64 --micro_batch_size 16 --bf16 {bf16}")
+    _, tokenizer = osp.builtin_model(0)
+    tokenizer.add_tokens(BENCH_WORDS)
+    policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
+                  num_hidden_layers=4, num_attention_heads=4)
+    start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
+    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
+    osp.start_training(models, 1e-4, 100, args)
+    texts = np.random.default_rng(0).choice(BENCH_WORDS, (8, 32))
+    rows = osp.distinct_prompts(tokenizer, [(" ".join(text),) for text in texts], 8)
     with FlopCounterMode(display=False) as counter:
         osp.train_step(models, rows, osp.Method(), 0, args)
+    seconds, names = [], ("sample", "score", "strength", "reference", "update")
+    method = osp.Method(**{name: timed(getattr(osp.Method(), name), seconds) for name in names})
     for step in (1, 2):
-        metrics = osp.measured_step(models, rows, osp.Method(), step, args)
-        found.append([metrics[f"seconds_{stage}"] for stage in BENCH_STAGES])
-    best = min(found, key=sum)
-    times = "".join(f"{seconds:10.2f}" for seconds in [*best, sum(best)])
-    share = sum(best) / matmul_seconds(counter.get_total_flops())
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    print(f"{K} {precision:>9} {threads:>7} |{times}   | {memory:4.0f} {share:9.2f}")
+        osp.train_step(models, rows, method, step, args)
+    return np.minimum(seconds[:5], seconds[5:]), counter.get_total_flops()
 
 
 def bench(*only):
-    """python test_osp.py bench [K ...]: a process for each case, so that its peak memory is its own."""
-    titles = "".join(f"{stage:>10}" for stage in [*BENCH_STAGES, "step"])
-    print(f"K precision threads |{titles} s |  MiB  x matmul", flush=True)
-    threads, precisions = (1, os.cpu_count()), ["fp32", "bf16"]
-    if matmul_seconds(1e9, torch.bfloat16) > matmul_seconds(1e9):
-        print("bf16 is left out: on this processor it is slower than fp32")
-        precisions.remove("bf16")
-    for count, precision, K in itertools.product(threads, precisions, only or (2, 4, 8)):
-        words = [sys.executable, __file__, "bench_step", str(K), precision, str(count)]
-        subprocess.run(words, check=True)
+    """python test_osp.py bench [K ...]: seconds by stage; their sum against matrix products."""
+    osp.stop_token_ids = lambda *_: [-1]  # every response runs to its full length
+    faster = matmul_seconds(1e9, torch.bfloat16) < matmul_seconds(1e9)  # else bf16 is left out
+    print("K   bf16 threads  sample   rank   judge  ref'ce  update    step x matmul")
+    for threads, bf16, K in itertools.product((1, os.cpu_count()), {False, faster}, only or (2, 4, 8)):
+        torch.set_num_threads(threads)
+        seconds, flops = bench_step(K, bf16)
+        figures = [*seconds, sum(seconds), sum(seconds) / matmul_seconds(flops)]
+        print(f"{K} {bf16!s:>6} {threads:>7}", *[f"{figure:7.2f}" for figure in figures], flush=True)
 
 
 # Experiments: make ablations, make evidence, make collection --------------------------------------
-LABELLED = 1500  # pairs from which the models that ask have learned; 500 more are collected
-ANY_PAIR = {"max_similarity": 1.0, "min_strength": 0.5, "max_strength": 1.0}
-COLLECTIONS = {  # name -> who responds, arguments of --method collect
-    "base": None,  # no more labels
-    "at_random": (["start"], {"num_train_prompts": 520, "keep_prompts": 1.0} | ANY_PAIR),
-    "step_1": (["start"], {"num_train_prompts": 1040} | ANY_PAIR),  # prompts of the widest spread
-    "steps_1_2": (["start", "policy"], {"num_train_prompts": 1040} | ANY_PAIR),  # also OSP's responses
-    "steps_1_2_3": (["start", "policy"], {"num_train_prompts": 2080}),  # and the filter
-    "landslides": (["start", "policy"],  # a filter that keeps the large gaps instead
-                   {"num_train_prompts": 2080, "min_strength": 0.95, "max_strength": 1.0})}
 LONG = {"long_spce": "strengths (SPCE)", "long_dpo": "the same, rounded to 0 or 1 (DPO)"}
 CLIPS = {"spce": "OSP", "tso": "TSO", "tso_no_clip": "TSO, no clip", "tso_fixed": "TSO, fixed reference"}
-SIZES = {f"prompts_{n}": f"--num_train_prompts {n} --num_train_epochs 99 --max_steps 117 --eval_steps 39"
-         for n in (50, 100, 400, 800)}
-EVIDENCE = [*CLIPS, *LONG, *SIZES, *NOISE]
+SIZES = {f"prompts_{n}": f"--method spce --num_train_prompts {n} --num_train_epochs 99 --max_steps 117 "
+         "--eval_steps 39" for n in (50, 100, 400, 800)}
+LABELLED = 1500  # pairs from which the models that ask have learned; 500 more are collected
+ANY_PAIR = "--max_similarity 1 --min_strength 0.5 --max_strength 1"
+WITH_POLICY = "--matrix_model_names_or_paths runs/evidence/base-seed{seed}"
+COLLECTIONS = {  # name -> how the labels are collected
+    "base": "",  # no more labels
+    "at_random": f"{ANY_PAIR} --num_train_prompts 520 --keep_prompts 1",
+    "step_1": f"{ANY_PAIR} --num_train_prompts 1040",  # prompts of the widest spread
+    "steps_1_2": f"{ANY_PAIR} {WITH_POLICY} --num_train_prompts 1040",  # also OSP's responses
+    "steps_1_2_3": f"{WITH_POLICY} --num_train_prompts 2080",  # and the filter
+    # a filter that keeps the large gaps instead
+    "landslides": f"{WITH_POLICY} --num_train_prompts 2080 --min_strength 0.95 --max_strength 1"}
 
-EXPERIMENTS = {name: (name, "") for name in ABLATIONS}  # a run's name -> its variant, its flags
-EXPERIMENTS |= {name: ("spce", flags) for name, flags in SIZES.items()}
-EXPERIMENTS |= {name: (name, "--num_train_epochs 18 --eval_steps 26") for name in NOISE}
+
+EXPERIMENTS = {name: f"--method {name}" for name in ABLATIONS} | SIZES  # a run's name -> its flags
+EXPERIMENTS |= {name: f"--method {name} --num_train_epochs 18 --eval_steps 26" for name in NOISE}
 for name in LONG:
-    EXPERIMENTS[name] = (name.removeprefix("long_"), "--num_train_epochs 27 --eval_steps 39")
-for name in COLLECTIONS:  # on 1,500 pairs the judge is best so early; later it knows the labels by heart
-    EXPERIMENTS[name] = (name, "--sft_max_steps 400")
-OF_SFT = """seed sft sft_learning_rate sft_batch_size sft_num_train_epochs sft_max_steps
-    model_name_or_path dataset_name max_new_tokens lr_scheduler_type warmup_steps max_grad_norm bf16""".split()
-
-
-def take_sft(other, argv):
-    """Makes --output_dir the folder of a run broken off after SFT, with the pi_SFT of another run."""
-    args = osp.parse_arguments(argv)
-    if args.output_dir.exists():
-        return
-    for option, value in json.loads((other / "arguments.json").read_text()).items():
-        if option in OF_SFT and getattr(args, option) != value:
-            raise osp.Stop(f"{other} has another pi_SFT: its {option} is {value!r}.")
-    with osp.written_whole(args.output_dir) as scratch:
-        shutil.copytree(other / "sft", scratch / "sft", dirs_exist_ok=True)
-        (scratch / "arguments.json").write_text(json.dumps(vars(args), indent=2, default=str))
+    EXPERIMENTS[name] = f"--method {name.removeprefix('long_')} --num_train_epochs 27 --eval_steps 39"
+for name, flags in COLLECTIONS.items():  # 400: later a judge of 1,500 pairs knows its labels by heart
+    EXPERIMENTS[name] = "--sft_max_steps 400"
+    EXPERIMENTS[f"{name}_labels"] = f"--sft_max_steps 400 --method collect {flags}"
 
 
 def folder_of(name, seed):
     """Where a run is."""
-    return Path("runs", "collection" if name in COLLECTIONS else "evidence", f"{name}-seed{seed}")
+    return Path(f"runs/evidence/{name}-seed{seed}")
 
 
-def words_of(name, seed, more):
-    """What starts a run, or goes on with it; its folder then has the pi_SFT that it takes over."""
-    (variant, flags), folder = EXPERIMENTS[name], folder_of(name, seed)
-    words = [variant, "--seed", seed, *flags.split(), *more, "--output_dir", str(folder)]
-    verb = "collect" if name in COLLECTIONS else "run"
-    if verb == "run" and name != "spce":
-        take_sft(folder_of("spce", seed), ["--method", *words])
-    return [sys.executable, __file__, verb, *words]
+def argv_of(name, seed, more):
+    """A run's arguments of osp.py."""
+    flags = EXPERIMENTS[name].format(seed=seed)
+    return f"--output_dir {folder_of(name, seed)} --seed {seed} {flags}".split() + [*more]
 
 
-def finish_run(folder, words):
-    """Runs this command, whose output is in <folder>.log. Raises Stop."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    log, single = folder.with_name(folder.name + ".log"), os.environ | {"OMP_NUM_THREADS": "1"}
-    with log.open("w") as file:
-        done = subprocess.run(words, stdout=file, stderr=file, env=single)
-    if done.returncode:
-        last = " / ".join(log.read_text().splitlines()[-3:])
-        raise osp.Stop(f"{folder} is not finished; {log} ends in: {last}", code=1)
-    print(f"{folder} is finished", flush=True)
+def sft_of(name, seed, more):
+    """With this a run takes over the pi_SFT of another one, which must have the same arguments."""
+    args = osp.parse_arguments(argv_of(name, seed, more))
+    osp.check_folder(args)
+
+    def take(models, *_):
+        """In place of SFT."""
+        policy, _ = osp.load_model(str(args.output_dir / "sft"), args)
+        models.policy.load_state_dict(policy.state_dict())
+
+    return mock.patch.object(osp, "supervised_finetune", take)
+
+
+def run_experiment(name, seed, *more):
+    """python test_osp.py run NAME SEED [arguments of osp.py]: one run of a table."""
+    argv = argv_of(name, seed, more)
+    if name == "spce":
+        osp.main(argv)
+    elif name in COLLECTIONS:
+        collect_and_train(name, seed, more)
+    else:
+        with sft_of("spce", seed, more):
+            osp.main(argv)
+
+
+def training_on(pairs):
+    """With this the built-in task has these (prompt, chosen, rejected)s to train on."""
+    columns = dict(zip(("prompt", "chosen", "rejected"), zip(*pairs)))
+    splits = osp.builtin_preferences() | {"train": datasets.Dataset.from_dict(columns)}
+    return mock.patch.object(osp, "builtin_preferences", lambda: splits)
+
+
+def labels_of(name, seed):
+    """The (prompt, chosen, rejected)s that were collected for a run."""
+    lines = (folder_of(f"{name}_labels", seed) / "preferences.jsonl").open()
+    return [osp.parse_row(json.loads(line)) for line in lines]
+
+
+def collect_and_train(name, seed, more):
+    """SFT from scratch and OSP learn from 1,500 pairs and, except `base`, from those that the models of
+    `base` ask the truth about."""
+    pairs = builtin_pairs("train")
+    random.Random(int(seed)).shuffle(pairs)
+    known, unknown = pairs[:LABELLED], pairs[LABELLED:]
+    if name != "base":
+        with training_on(unknown), sft_of("base", seed, more):
+            osp.main(argv_of(f"{name}_labels", seed, more))
+        known += labels_of(name, seed)
+    with training_on(known):
+        osp.main(argv_of(name, seed, more))
+
+
+def finish_run(name, seed, more):
+    """Does what is missing of a run. Raises Stop."""
+    folder = folder_of(name, seed)
+    if not (folder / "summary.json").exists():
+        words = [sys.executable, __file__, "run", name, seed, *more]
+        done = subprocess.run(words, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr or "killed").splitlines()[-1]
+            raise osp.Stop(f"{folder} is not finished: {reason}", code=1)
+        print(f"{folder} is finished", flush=True)
 
 
 def finished_runs(names, more):
-    """Does what is missing, JOBS runs at a time; all wait for those of the first name, whose models they
-    need. Returns name -> its run of each of SEEDS."""
+    """Finishes all runs of these names, JOBS at a time, and those of the first name before the others,
+    which need its models. Returns name -> its run of each of SEEDS."""
     seeds = os.environ.get("SEEDS", "0 1 2 3 4").split()
-    jobs = int(os.environ.get("JOBS", os.cpu_count()))
     for group in (names[:1], names[1:]):
-        missing = {}
-        for name, seed in itertools.product(group, seeds):
-            if not (folder_of(name, seed) / "summary.json").exists():
-                missing[folder_of(name, seed)] = words_of(name, seed, more)
-        with ThreadPoolExecutor(jobs) as pool:
-            list(pool.map(finish_run, missing, missing.values()))
+        with ThreadPoolExecutor(int(os.environ.get("JOBS", os.cpu_count()))) as pool:
+            list(pool.map(lambda run: finish_run(*run, more), itertools.product(group, seeds)))
     return {name: [figures_of(folder_of(name, seed)) for seed in seeds] for name in names}
 
 
 def figures_of(folder):
     """A run's summary, the points (step, KL, gold) on its way, and figures of these."""
     run = json.loads((folder / "summary.json").read_text())
-    points = [(0, 0.0, run["gold_reward_sft"])]
-    for line in map(json.loads, (folder / "metrics.jsonl").open()):
-        if "eval_kl" in line:
-            points.append((line["step"], line["eval_kl"], line["eval_gold_reward"]))
-    _, kls, golds = zip(*points)
-    return run | {"folder": folder, "points": points, "gold_at_KL_2": gold_at_kl(points, 2.0),
-                  "best_gold": max(golds), "gold_at_1/3": golds[round((len(golds) - 1) / 3)],
-                  "gold_at_the_end": golds[-1], "KL_at_the_end": kls[-1]}
+    lines = pd.read_json(folder / "metrics.jsonl", lines=True)
+    later = lines[["step", "eval_kl", "eval_gold_reward"]].dropna()
+    points = np.vstack([[0, 0, run["gold_reward_sft"]], later])
+    golds = points[:, 2]
+    return run | {"points": points, "gold_at_KL_2": gold_at_kl_2(points), "best_gold": golds.max(),
+                  "gold_at_1/3": golds[len(golds) // 3]}
 
 
-def gold_at_kl(points, wanted):
-    """Gold where training first reaches this KL, on the straight line between evaluations; or None."""
-    for (_, kl, gold), (_, next_kl, next_gold) in zip(points, points[1:]):
-        if kl < wanted <= next_kl:
-            return gold + (next_gold - gold) * (wanted - kl) / (next_kl - kl)
+def gold_at_kl_2(points):
+    """Gold where training first reaches 2 nats, on the straight line between evaluations; or None."""
+    after = np.argmax(points[:, 1] >= 2)  # the first evaluation; 0 if there is none
+    if after:
+        return np.interp(2, *points[after - 1 : after + 1, 1:].T)
 
 
 def spread(values):
@@ -2393,253 +2317,155 @@ def spread(values):
     return text if len(there) == len(values) else f"{text} ({len(there)} of {len(values)})"
 
 
-def print_table(title, figures, runs):
+def print_table(figures, runs):
     """Prints Markdown: a row for each name of `runs`, a column for each key in `figures`."""
     keys = figures.split()
-    rows = [[title, *[key.replace("_", " ") for key in keys]], ["---"] * (len(keys) + 1)]
+    print("\n| variation |", " | ".join(keys), "|\n|" + "---|" * (len(keys) + 1))
     for name, found in runs.items():
-        rows.append([name, *[spread([run.get(key) for run in found]) for key in keys]])
-    print("\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+        cells = [spread([run.get(key) for run in found]) for key in keys]
+        print(f"| {name} |", " | ".join(cells), "|")
 
 
 def print_ablations(*more):
     """python test_osp.py ablations [arguments of osp.py]"""
-    figures = "win_rate_vs_sft ood_win_rate_vs_sft gold_reward gold_at_KL_2 kl distinct_fraction"
-    print_table("variation", figures, finished_runs([*ABLATIONS], more))
+    figures = "win_rate_vs_sft ood_win_rate_vs_sft gold_reward gold_at_KL_2 kl distinct_4grams"
+    print_table(figures, finished_runs([*ABLATIONS], more))
 
 
 def print_evidence(*more):
-    """python test_osp.py evidence [arguments of osp.py]: prints the tables and draws the picture."""
-    runs, judged, figures = finished_runs(EVIDENCE, more), {}, {}
-    for source in ("data", "sft", "policy"):
-        found = judged[source] = [judged_pairs(run["folder"], source) for run in runs["spce"]]
-        figures[source] = [osp.verdict_figures(*one) for one in found]
-    print_table("variation", "win_rate_vs_sft best_gold gold_at_1/3 gold_at_the_end KL_at_the_end", runs)
-    keys = "judge_accuracy judge_calibration_error order_agreement"
-    print_table("the frozen judge on pairs of", keys, figures)
-    draw_evidence(runs, judged, Path("runs/evidence/evidence.png"))
-
-
-def judged_pairs(folder, source):
-    """A run's judge on the data's pairs, or on two responses of "sft" or of the "policy" to each prompt:
-    (p_12, p_21, truth), (P,) each."""
-    args = osp.Arguments(**json.loads((folder / "arguments.json").read_text()))
-    judge, tokenizer = osp.frozen(str(folder / "sft"), args)
-    texts = builtin_pairs("test")[: args.num_eval_pairs]
-    if source != "data":
-        model, _ = osp.frozen(str(folder / source.replace("policy", ".")), args)
-        rows = osp.distinct_prompts(tokenizer, builtin_pairs("test"), args.num_eval_prompts)
-        found = osp.respond(model, tokenizer, rows, [2, 3], osp.EVALUATION, args)
-        texts = [(row.prompt, one.text, two.text) for row, (one, two) in zip(rows, found)]
-    verdicts = osp.both_orders(judge, tokenizer, *osp.columns(texts), args.micro_batch_size)
-    return torch.stack([*verdicts, torch.tensor([osp.true_strength(*text) for text in texts])])
-
-
-def draw_curves(axes, title, labels, runs, x):
-    """Gold against step or KL: each seed thinly, the mean thickly, with a square at its end."""
-    for i, (name, label) in enumerate(labels.items()):
-        style = {"color": f"C{i}", "linestyle": "--" if "drawn" in name else "-"}
-        series = [np.array(run["points"])[:, [x, 2]].T for run in runs[name]]
-        for one in series:
-            axes.plot(*one, alpha=0.2, linewidth=1, **style)
-        axes.plot(*np.mean(series, axis=0), label=label, marker=".", **style)
-        axes.plot(*np.mean(series, axis=0)[:, -1], marker="s", markersize=9, **style)
-    axes.set(title=title, ylabel="gold reward", xlabel=("step", "KL from SFT, nats (squares: end)")[x])
-
-
-def draw_reliability(axes, judged):
-    """The mean true strength of the pairs in each tenth of the judge's strength."""
-    for source, found in judged.items():
-        p_12, p_21, truth = torch.cat(found, 1)
-        both = torch.stack([osp.averaged_strength(p_12, p_21), truth])
-        both = torch.cat([both, 1 - both], 1)  # every pair in both directions
-        tenths = (both[0] * 9.999).long()
-        points = [both[:, tenths == i].mean(1) for i in range(10) if (tenths == i).sum() >= 20]
-        axes.plot(*zip(*points), marker="o", label=f"pairs of {source}")
-    axes.plot([0, 1], [0, 1], color="grey", linewidth=1)
-    axes.set(title="reliability of the frozen judge", xlabel="its strength", ylabel="true strength")
-
-
-def draw_evidence(runs, judged, path):
-    """Four panels: long training, TSO, noisy labels, the judge."""
-    from matplotlib.figure import Figure  # here, since it takes a second to load
-
-    figure = Figure(figsize=(12, 9), layout="constrained")
-    panels = figure.subplots(2, 2).flat
-    long, tso, noise, judge = panels
-    draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
-    draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
-    kinds = {name: name.replace("noisy", "strengths").replace("_", ", noise in %: ") for name in NOISE}
-    draw_curves(noise, "noisy labels on one fixed set of pairs", kinds, runs, 0)
-    draw_reliability(judge, judged)
-    long.set_xscale("symlog", linthresh=5)
-    tso.set_xscale("symlog", linthresh=5)
-    noise.set_ylim(-0.8)  # room for the legend
-    for axes in panels:
-        axes.legend(frameon=False, fontsize=8)
-        axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=100)
-    print(f"\nPicture: {path}")
-
-
-def labels_of(folder):
-    """The (prompt, chosen, rejected)s that --method collect left in a folder."""
-    lines = [json.loads(line) for line in (folder / "preferences.jsonl").open()]
-    return [(line["prompt"], line["chosen"], line["rejected"]) for line in lines]
-
-
-def labels_folder(folder):
-    """Where the labels are that a run of a collection has learned from, too."""
-    return folder.with_name(folder.name + "-labels")
-
-
-def collect_labels(name, base, pairs, args):
-    """(prompt, chosen, rejected)s by --method collect with the models of the run `base`, labelled by the
-    truth. Where no filter chooses among a prompt's pairs, it has one, a random one."""
-    roles, options = COLLECTIONS[name]
-    args = dataclasses.replace(
-        args, method="collect", output_dir=labels_folder(args.output_dir), **options)
-    start, tokenizer = osp.frozen(str(base / "sft"), args)
-    policy, _ = osp.frozen(str(base), args)
-    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
-    rng, method = np.random.default_rng(args.seed), osp.model_matrix(roles, args, with_human=False)
-    if args.min_strength == 0.5:
-        method["pair"] = lambda scores: [rng.permutation(len(scores))[:2]]
-    rows = osp.distinct_prompts(tokenizer, pairs, args.num_train_prompts)
-    data = types.SimpleNamespace(rows=rows, gold=osp.gold_reward)
-    osp.check_folder(args)
-    with osp.output_folder(args):
-        osp.collect(models, data, osp.Method(**method), args)
-    return labels_of(args.output_dir)
-
-
-def collect_and_train(name, *argv):
-    """python test_osp.py collect NAME [arguments of osp.py]: the models of base-seed<seed> beside the
-    --output_dir ask; SFT from scratch and OSP learn from the old and the new pairs."""
-    args, pairs = osp.parse_arguments(argv), list(builtin_pairs("train"))
-    random.Random(args.seed).shuffle(pairs)
-    known, unknown = pairs[:LABELLED], pairs[LABELLED:]
-    if name != "base":
-        known += collect_labels(name, args.output_dir.with_name(f"base-seed{args.seed}"), unknown, args)
-    rows = [dict(zip(("prompt", "chosen", "rejected"), pair)) for pair in known]
-    splits = osp.builtin_preferences() | {"train": datasets.Dataset.from_list(rows)}
-    with mock.patch.object(osp, "builtin_preferences", lambda: splits):
-        osp.main([*argv])
+    """python test_osp.py evidence [arguments of osp.py]: prints the table and draws the picture."""
+    runs = finished_runs([*CLIPS, *LONG, *SIZES, *NOISE], more)
+    print_table("win_rate_vs_sft best_gold gold_at_1/3 gold_reward kl", runs)
+    draw_evidence(runs)
 
 
 def print_collection(*more):
     """python test_osp.py collection [arguments of osp.py]"""
     runs = finished_runs([*COLLECTIONS], more)
-    for run in sum(list(runs.values())[1:], []):
-        truth = [osp.true_strength(*label) for label in labels_of(labels_folder(run["folder"]))]
-        run |= {"labels": len(truth), "against_the_truth": np.mean([p < 0.5 for p in truth])}
-    figures = "judge_accuracy judge_calibration_error gold_reward labels against_the_truth"
-    print_table("how 500 more labels were spent", figures, runs)
+    for name in [*COLLECTIONS][1:]:
+        for run in runs[name]:
+            truth = [osp.true_strength(*label) for label in labels_of(name, run["seed"])]
+            run |= {"labels": len(truth), "against_the_truth": np.mean([p < 0.5 for p in truth])}
+    print_table("judge_accuracy judge_overconfidence gold_reward labels against_the_truth", runs)
 
 
-def test_a_run_that_takes_anothers_sft_does_what_it_does_with_its_own(tmp_path, monkeypatch, finished):
-    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
-    own, taken, other = tmp_path / "own", tmp_path / "taken", finished["osp"]
-    run_variant("offline_dpo", *command(own))
-    monkeypatch.setattr(osp, "supervised_finetune", None)
-    take_sft(other.folder, ["--method", "offline_dpo", *command(taken)])
-    run_variant("offline_dpo", *command(taken))
-    assert read_run(own).lines == read_run(taken).lines != other.lines
-    for more in ("--sft_batch_size 9", "--seed 1"):
-        with stopped("another pi_SFT: its (sft_batch_size is 4|seed is 0)"):
-            take_sft(other.folder, command(tmp_path / "none", more))
-        assert not (tmp_path / "none").exists()
+def draw_curves(axes, title, labels, runs, x):
+    """Gold against step or KL: each seed thinly, the mean thickly, with a square at its end."""
+    for i, (name, label) in enumerate(labels.items()):
+        style = f"C{i}--" if "drawn" in name else f"C{i}-"
+        series = np.array([run["points"] for run in runs[name]])[:, :, [x, 2]]  # (seeds, points, 2)
+        mean = series.mean(0)
+        axes.plot(*series.T, style, alpha=0.2)
+        axes.plot(*mean.T, style, label=label, marker=".")
+        axes.plot(*mean[-1], style, marker="s")
+    axes.set(title=title, ylabel="gold reward", xscale=("linear", "symlog")[x],
+             xlabel=("step", "KL from SFT, nats (squares: end)")[x])
 
 
-def leave_a_run(words, stdout, **_):
-    """In place of subprocess.run: the folder of a finished run, at once; that of ipo fails."""
-    args = osp.parse_arguments(["--method", *words[3:]])
-    osp.check_folder(args)
-    stdout.write("1\n2\n3\nout of memory\n")
-    with osp.output_folder(args):
-        sft = args.output_dir / "sft"
-        if args.method == "spce":
-            sft.mkdir()
-            (sft / "model").write_text(str(args.seed))
-        assert (sft / "model").read_text() == str(args.seed)
-        line = {"step": 1, "eval_kl": 4.0, "eval_gold_reward": float(args.seed)}
-        (args.output_dir / "metrics.jsonl").write_text(json.dumps(line))
-        if args.method != "ipo":
-            (args.output_dir / "summary.json").write_text('{"gold_reward_sft": 0.0, "kl": 7}')
-    return types.SimpleNamespace(returncode=int(args.method == "ipo"))
+def judged_pairs(run, model):
+    """A run's judge's strengths and the true ones, (2, P): of the data's pairs, or of two responses of a
+    model of this run to each prompt."""
+    args, folder, texts = arguments(), folder_of("spce", run["seed"]), builtin_pairs("test")
+    judge, tokenizer = osp.frozen(str(folder / "sft"), args)
+    if model:
+        model, _ = osp.frozen(str(folder / model), args)
+        rows = osp.distinct_prompts(tokenizer, texts, 256)
+        found = osp.respond(model, tokenizer, rows, [2, 3], osp.EVALUATION, args)
+        texts = [(row.prompt, one.text, two.text) for row, (one, two) in zip(rows, found)]
+    strength = osp.preference_strength(judge, tokenizer, *zip(*texts), args.micro_batch_size)
+    return torch.stack([strength, torch.tensor([osp.true_strength(*text) for text in texts])])
 
 
-def test_what_is_missing_is_done_once_after_the_run_whose_sft_it_takes(tmp_path, monkeypatch, capsys):
-    started = mock.Mock(side_effect=leave_a_run)
+def draw_reliability(axes, runs):
+    """The judge's strengths against the true ones: means of each tenth of the pairs by strength."""
+    sources = {"the data's pairs": None, "two responses of SFT": "sft", "two of the policy": "."}
+    for label, model in sources.items():
+        both = torch.cat([judged_pairs(run, model) for run in runs], 1)
+        tenths = both[:, both[0].argsort()].tensor_split(10, 1)
+        axes.plot(*zip(*[tenth.mean(1) for tenth in tenths]), marker="o", label=label)
+    axes.plot([0, 1], [0, 1], color="grey")
+    axes.set(title="reliability of the frozen judge", xlabel="its strength", ylabel="true strength")
+
+
+def draw_evidence(runs):
+    """Four panels: long training, TSO, noisy labels, the judge."""
+    from matplotlib.figure import Figure  # here, since it takes a second to load
+
+    figure = Figure(figsize=(12, 9), layout="constrained")
+    long, tso, noise, judge = figure.subplots(2, 2).flat
+    draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
+    draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
+    draw_curves(noise, "strengths with noise; labels drawn from them", dict(zip(NOISE, NOISE)), runs, 0)
+    draw_reliability(judge, runs["spce"])
+    for axes in figure.axes:
+        axes.legend(frameon=False, fontsize=8)
+    figure.savefig("runs/evidence/evidence.png", dpi=100)
+    print("\nPicture: runs/evidence/evidence.png")
+
+
+@pytest.fixture
+def experiments(tmp_path, monkeypatch):
+    """Runs of the tables are made in a folder of the test's own."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("SEEDS", "3 4")
-    monkeypatch.setenv("JOBS", "1")  # ast, which parse_arguments uses, is not safe in threads
     monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
-    monkeypatch.setattr(subprocess, "run", started)
-    with stopped("ipo-seed3 is not finished; .*ipo-seed3.log ends in: 2 / 3 / out of memory", code=1):
-        finished_runs(["spce", "dpo", "ipo"], ())
-    started.reset_mock()
-    runs = finished_runs(["spce", "dpo", "random", "long_dpo"], ("--beta", "0.5"))
-    assert {call.args[0][3] for call in started.call_args_list} == {"random", "dpo"}  # which is long_dpo
-    assert started.call_count == 4
-    arguments = json.loads(Path("runs/evidence/long_dpo-seed4/arguments.json").read_text())
-    assert [arguments[name] for name in ("method", "seed", "beta", "eval_steps")] == ["dpo", 4, 0.5, 39]
-    print_table("title", "gold_at_KL_2 kl", runs)
-    assert "| dpo | 1.750±0.354 | 7.000±0.000 |\n" in capsys.readouterr().out
 
 
-def test_each_table_has_its_experiments_and_each_is_a_command(monkeypatch):
-    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
-    assert EXPERIMENTS.keys() == {*ABLATIONS, *EVIDENCE, *COLLECTIONS}
-    for name, (variant, flags) in EXPERIMENTS.items():
-        method = "osp" if name in COLLECTIONS else variant
-        assert osp.parse_arguments(["--method", method, *flags.split()])
+def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments, monkeypatch):
+    def start(words, **_):
+        """In place of subprocess.run; ipo fails."""
+        if "ipo" in words:
+            return mock.Mock(returncode=1, stderr="1%\nno room")
+        run_experiment(*words[3:])
+        return mock.Mock(returncode=0)
+
+    monkeypatch.setenv("SEEDS", "1")
+    monkeypatch.setenv("JOBS", "1")
+    monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=start))
+    for _ in range(2):
+        finished_runs(["spce", "dpo"], QUICK.split())
+    assert [call.args[0][3:5] for call in subprocess.run.call_args_list] == [["spce", "1"], ["dpo", "1"]]
+    spce, dpo = folder_of("spce", 1), folder_of("dpo", 1)
+    assert not (dpo / "sft.jsonl").exists()
+    assert torch.equal(weights_in(spce / "sft"), weights_in(dpo / "sft"))
+    with stopped("ipo-seed1 is not finished: no room", code=1):
+        finished_runs(["spce", "ipo"], [])
+    with stopped("spce-seed1 holds a run with other arguments .beta was 0.1, is 0.5"):
+        run_experiment("ipo", "1", *QUICK.split(), "--beta", "0.5")
 
 
-@pytest.mark.parametrize(
-    "name, asked", [("at_random", 6), ("step_1", 3), ("steps_1_2", 3), ("steps_1_2_3", 6)])
-def test_what_each_collection_asks_and_learns_from(name, asked, tmp_path, monkeypatch, finished):
-    """Of six prompts, or the three of the widest spread, a random pair or both."""
-    spy, learned, (roles, options) = mock.Mock(side_effect=osp.worth_asking), [], COLLECTIONS[name]
-    monkeypatch.setitem(COLLECTIONS, name, (roles, options | {"num_train_prompts": 6}))
-    monkeypatch.setattr(osp, "worth_asking", spy)
-    monkeypatch.setattr(osp, "main", lambda argv: learned.extend(osp.builtin_preferences()["train"]))
-    (tmp_path / "base-seed0").symlink_to(finished["osp"].folder)
-    collect_and_train(name, *command(tmp_path / "run", "--min_strength 0.501 --num_labels 2"))
-    pairs = spy.call_args.args[0]
-    assert len(pairs) == asked
-    assert {side.source for pair in pairs for side in (pair.better, pair.worse)} == set(roles)
-    new = [tuple(row.values()) for row in learned[LABELLED:]]
-    assert {tuple(row.values()) for row in learned[:LABELLED]} < {*builtin_pairs("train")}
-    assert new == labels_of(tmp_path / "run-labels") and len(new) == 2
-    said = {frozenset([pair.row.prompt, pair.better.text, pair.worse.text]) for pair in pairs}
-    assert {frozenset(row) for row in new} <= said
+def test_the_flags_of_every_run_are_known(experiments):
+    assert osp.parse_arguments(" ".join(EXPERIMENTS.values()).split()).method == "collect"
 
 
-def test_figures_of_the_tables_by_hand():
-    points = [(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9)]
-    assert gold_at_kl(points, 2.0) == pytest.approx(1.4)
-    assert gold_at_kl(points, 3.5) is None
-    assert spread([1.0, 2.0, None]) == "1.500±0.707 (2 of 3)"
-    assert spread([None]) == ""
-    judged = [(0.9, 0.3, 0.7), (0.2, 0.6, 0.7), (0.5, 0.5, 0.5), (0.8, 0.4, 0.5)]
-    figures = osp.verdict_figures(*torch.tensor(judged).T)  # of strengths 0.8, 0.3, 0.5 and 0.7
-    assert figures["judge_accuracy"] == 0.5 and figures["order_agreement"] == 1
-    assert figures["judge_calibration_error"] == pytest.approx((0.1 + 0.4 + 0 + 0.2) / 4)
+def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
+    trained = mock.Mock(side_effect=training_on)
+    monkeypatch.setattr(sys.modules[__name__], "training_on", trained)
+    for name in ("base", "steps_1_2"):
+        run_experiment(name, "0", *QUICK.split(), "--num_labels", "2")
+    _, [unknown], [learned] = [call.args for call in trained.call_args_list]
+    assert sorted(learned[:LABELLED] + unknown) == sorted(builtin_pairs("train"))
+    assert learned[LABELLED:] == labels_of("steps_1_2", 0) and len(learned) == LABELLED + 2
+    counts = json.loads((folder_of("steps_1_2_labels", 0) / "summary.json").read_text())
+    assert counts["pairs"] == counts["prompts_kept"] == 6  # of 12; a pair each
+
+
+def test_figures_of_the_tables_by_hand(capsys):
+    points = np.array([(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9), (3, 1.0, 0.0)])
+    assert gold_at_kl_2(points) == pytest.approx(1.4)
+    assert gold_at_kl_2(points[:2]) is None
+    print_table("kl labels", {"dpo": [{"kl": 1.0}, {"kl": 2.0}, {}]})
+    assert capsys.readouterr().out.endswith("\n| dpo | 1.500±0.707 (2 of 3) |  |\n")
 
 
 # Commands -----------------------------------------------------------------------------------------
-COMMANDS = {"run": run_variant, "collect": collect_and_train, "bench": bench, "bench_step": bench_step,
-            "ablations": print_ablations, "evidence": print_evidence, "collection": print_collection,
-            "vectors": write_vectors}
+COMMANDS = {"run": run_experiment, "bench": bench, "vectors": write_vectors,
+            "ablations": print_ablations, "evidence": print_evidence, "collection": print_collection}
 
 if __name__ == "__main__":
     osp.METHODS |= VARIANTS
-    osp.start_process()
     try:
         COMMANDS[sys.argv[1]](*sys.argv[2:])
     except osp.Stop as stop:
-        print(f"osp: {stop}", file=sys.stderr)
-        sys.exit(stop.code)
+        sys.exit(f"osp: {stop}")
     except KeyboardInterrupt:
         sys.exit("osp: interrupted; the same command goes on from the last checkpoints.")
