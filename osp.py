@@ -12,9 +12,10 @@ The same command goes on with a run that was broken off, and shows the result of
 Part I is the method, in the order of the algorithm. Part II is what makes it practical.
 
 The paper's public text leaves some steps open. Those listed here with [R] are this project's own, as
-are the judge's question, the curriculum of SFT and the built-in task. Docstrings say "reconstruction":
+are the judge's question, SFT's curriculum and its share of responding, the optimiser's settings, that
+identical pairs are dropped, and the built-in task. Docstrings say "reconstruction":
   [R] the judging task shows each pair in both orders; its loss is on the verdict alone (section 5)
-  [R] all responses are compared with the first one sampled, which is always shown as A (section 7)
+  [R] the baseline of ranking is the first response sampled, and it is always shown as A (section 7)
   [R] pairs are best with worst, second best with second worst, and so on inwards (section 7)
   [R] strengths are asked in both orders, and their probabilities are averaged (section 8)
   [R] the formula of the SPCE loss; the paper gives its name and its purpose (section 9)
@@ -25,6 +26,7 @@ vocabulary. Pr(A) is the judge's probability of the verdict A, p a strength: how
 is per token. A response that was cut off has no EOS. The reward of a response is beta * (log pi_theta -
 log pi_reference), as in DPO. Of a Pair, 1 is the better response and 2 the worse.
 A stage's `args` is an Arguments, its `models` a Models, its `rows` and `pairs` lists of Row and Pair.
+Arguments adds to section 1 what Part II needs, as micro_batch_size, the sequences of a forward pass.
 """
 import copy
 import dataclasses
@@ -95,7 +97,8 @@ class MethodArguments:
 
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
 def load_model(name, args, dtype=torch.float32):
-    """A causal LM without dropout, and its tokenizer; no name: the built-in ones. Raises Stop."""
+    """A causal LM and its tokenizer; no name: the built-in ones. It is trained in the mode without
+    dropout, so that at the first step pi_theta is pi_SFT. Raises Stop."""
     if name is None:
         return builtin_model(args.seed)
     trust = args.trust_remote_code
@@ -139,7 +142,7 @@ class Row:
 
 @dataclasses.dataclass
 class Pair:
-    """Two responses to one prompt, the one that ranks higher first."""
+    """Two responses to one prompt, the one that ranks higher first (at K = 2 the one sampled first)."""
     row: Row
     better: Candidate
     worse: Candidate
@@ -185,9 +188,9 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=Fal
     """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
     `share` computes equal prompts once."""
     ids, mask = padded([[]] * len(response_ids), response_ids, model.device)
-    logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V)
-    logps = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
-    return logps.where(mask.bool(), 0.0)
+    logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V): t predicts token t
+    chosen = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
+    return chosen.where(mask.bool(), 0.0)
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
@@ -195,8 +198,9 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
     checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
-    share = model.shares_prompts and not checkpointing
+    share = model.shares_prompts and not checkpointing  # the check at load found it out
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
+    # equal prompts stand side by side, so that they are shared
     logps = torch.zeros(len(prompt_ids), device=model.device)
     for part in progress(chunks(order, micro_batch_size), "log-probabilities"):
         prompts, responses = [prompt_ids[i] for i in part], [response_ids[i] for i in part]
@@ -226,7 +230,7 @@ def supervised_tasks(models, batch, args):
     responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
     questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
                                  context_length(models.policy) - 1)  # room for the verdict
-    _, a, b = verdict_format(tokenizer)
+    _, a, b = verdict_format(tokenizer)  # the ids of "A" and "B"
     verdicts = [[a]] * len(batch) + [[b]] * len(batch)
     return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
 
@@ -249,10 +253,11 @@ def supervised_finetune(models, pairs, args):
 
 
 def supervised_loss(policy, prompts, targets, args):
-    """The mean loss over all target tokens of one task. Its gradient is added to that of the other:
-    accumulate_gradients calls backward on the sum of the losses over their number, by micro-batches."""
+    """The mean loss over all target tokens of one task. accumulate_gradients(model, f, items, n, ...)
+    adds the gradient of the sum of all f(items)[0], over n, to what is there, by micro-batches; it
+    returns f(items)[1], a row an item, in the order of the items."""
     def losses_of(part):
-        """Sequences -> (N, T) losses: those to sum up, and those to return for each sequence."""
+        """N sequences -> (N, T) losses, twice: to sum up, and to return."""
         losses = -token_logps(policy, *zip(*part))
         return losses, losses
 
@@ -272,7 +277,7 @@ def sampling_noise(seed, step, index, k, length):
 def sample(model, prompt_ids, noise, temperature, stop_ids):
     """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
     On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
-    token is the first whose cumulative probability exceeds its noise, so no row depends on its batch."""
+    token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
     cache, logits, mask = prefill(model, prompt_ids)
     noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
@@ -299,19 +304,21 @@ def sample_policy(models, rows, step, args):
 # 7. Rank against one baseline, and pair -----------------------------------------------------------
 def ranking_scores(models, rows, candidates, args):
     """Each prompt's candidates -> their scores 1 - Pr(A), where A is the prompt's first candidate and B
-    the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges
-    describe OSP's ranking so. Reconstruction: the first is the baseline, since a response of the present
-    policy stays comparable; only one order is asked, since a liking for A raises all K alike, and so
-    leaves their order."""
-    texts, scores = [], []
+    the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges say
+    that OSP compares all with one baseline. Reconstruction: which one, since a response of the present
+    policy stays a fair measure as it improves; and that one order is asked, since a liking for A shifts
+    all K verdicts, and so leaves their order."""
+    texts = []
     for row, found in zip(rows, candidates):
-        if len(found) > 2:  # else there is one pair, and in which order is the same to SPCE
-            texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
+        texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
     p_a = verdict_probabilities(models.judge, models.tokenizer, *columns(texts), args.micro_batch_size)
     remaining = iter(p_a)
-    for found in candidates:
-        scores.append([1 - next(remaining) for _ in found] if len(found) > 2 else [0.5] * len(found))
-    return scores
+    return [[1 - next(remaining) for _ in found] for found in candidates]
+
+
+def equal_scores(models, rows, candidates, args):
+    """No ranking, for K = 2: there is one pair, of which SPCE is the same in both directions."""
+    return [[0.5] * len(found) for found in candidates]
 
 
 def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -328,7 +335,7 @@ def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, mic
     Raises Stop if one is no number."""
     _, a, b = verdict_format(tokenizer)
     questions = encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, context_length(judge))
-    with inference(judge) as judge:
+    with inference(judge) as judge:  # without gradients; the prompts tell it what may be shared
         logits = question_logits(judge, prompts, questions, [a, b], micro_batch_size)  # N times (2,)
     p_a = [row.float().softmax(-1)[0].item() for row in logits]
     if any(map(math.isnan, p_a)):
@@ -345,7 +352,7 @@ def both_orders(judge, tokenizer, prompts, responses_1, responses_2, micro_batch
 
 def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
     """(P,), (P,) -> (P,): the mean of both orders. In this form, brackets included, equal texts give
-    exactly 1/2 in floating point. Reconstruction."""
+    exactly 1/2 in floating point (different ids may have equal texts). Reconstruction."""
     return (p_12 + (1 - p_21)) / 2
 
 
@@ -379,9 +386,9 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
         h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
 
     It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. A tie, p = 1/2, pulls h
-    back to 0; p below 1/2 trains against the ranking. Source: the paper for its
-    name and purpose. Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and
-    the policy's Bernoulli(sigmoid(h))."""
+    back to 0; p below 1/2 trains against the ranking. Source: the paper for its name and purpose.
+    Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and the policy's
+    Bernoulli(sigmoid(h))."""
     h = reward_1 - reward_2
     return -(strength * nn.functional.logsigmoid(h) + (1 - strength) * nn.functional.logsigmoid(-h))
 
@@ -389,17 +396,17 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 # 10. Update: one optimiser step on all parameters -------------------------------------------------
 def start_training(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
-    weights are fp32 even with --bf16, which would round small updates away."""
+    weights are fp32 even with --bf16, which would round small updates away. Warm-up begins at rate 0."""
     weights, warmup, schedule = models.policy.parameters(), args.warmup_steps, args.lr_scheduler_type
     if warmup < 1:
-        warmup = min(math.ceil(warmup * steps), max(0, steps - 1))  # or a single step trains nothing
+        warmup = min(math.ceil(warmup * steps), max(0, steps - 1))  # a single step has none
     models.optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
     models.scheduler = transformers.get_scheduler(schedule, models.optimizer, int(warmup), steps)
 
 
 def optimizer_step(models, loss, where, args):
-    """Clips the gradients that are there, steps, forgets them; returns their norm before clipping. The
-    loss is looked at only: Raises Stop where it or the norm is no number."""
+    """Clips the gradients that are there, steps, forgets them; returns their norm before clipping.
+    Raises Stop where it, or `loss`, a float for this check alone, is no number."""
     weights = models.policy.parameters()
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
@@ -432,10 +439,10 @@ def step_indices(n, size, step, seed):
 
 
 def update(models, pairs, method, step, args):
-    """One optimiser step on the mean loss over all P pairs. Notes on each pair what it saw."""
+    """One optimiser step on the mean loss over these P pairs. Notes on each pair what it saw."""
     def losses_of(part):
         """Pairs -> (P,) losses, and (P, 3): with them the rewards of the better and the worse."""
-        logps = pair_logps(models.policy, part, 2 * len(part))
+        logps = pair_logps(models.policy, part, 2 * len(part))  # in one forward pass
         ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T
         strength = torch.tensor([pair.strength for pair in part], device=logps.device)
         reward_1, reward_2 = args.beta * (logps - ref_logps)
@@ -452,8 +459,8 @@ def update(models, pairs, method, step, args):
 
 # 11. One step, the whole run, and the table of stages ---------------------------------------------
 def make_pairs(models, rows, method, step, args):
-    """A step before its update: each row's candidates and pairs. Pairs without a strength are dropped
-    from the mean: those of identical responses, whose gradient is 0, and those a method is unsure of."""
+    """A step before its update: each row's candidates and pairs. Pairs of identical responses, whose
+    gradient is 0, get no strength, nor do those a method is unsure of."""
     candidates, pairs = method.sample(models, rows, step, args), []
     scores = method.score(models, rows, candidates, args)
     for row, found, row_scores in zip(rows, candidates, scores):
@@ -469,7 +476,8 @@ def make_pairs(models, rows, method, step, args):
 
 
 def train_step(models, rows, method, step, args):
-    """One step of the paper's Figure 2. Returns its line of metrics.jsonl."""
+    """One step of the paper's Figure 2. Pairs without a strength are left out of the mean; where none is
+    kept, weights and schedule stay. Returns the step's line of metrics.jsonl."""
     candidates, pairs = in_parallel(make_pairs, models, rows, method, step, args)
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
@@ -482,7 +490,8 @@ def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
     steps = method_steps(data.rows, args)
     start_training(models, args.learning_rate, steps, args)
-    before, evaluation = answers(models.start, models, data.held_out, 0, args), None
+    before = answers(models.start, models, data.held_out, 0, args)  # pi_SFT's, to compare with
+    evaluation = None
     for step, log in resumable_steps("metrics", steps, models, args):
         indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
         metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
@@ -511,7 +520,12 @@ class Method:
     run: Callable = train  # what is done with the models
 
 
-METHODS = {"osp": lambda args: Method()}  # name -> what makes it from the arguments
+def osp(args):
+    """The paper's method."""
+    return Method(score=equal_scores if args.num_generations == 2 else ranking_scores)
+
+
+METHODS = {"osp": osp}  # name -> what makes it from the arguments
 
 
 def run_method(args) -> dict:
@@ -1131,7 +1145,7 @@ def check_passes(model, training):
             gaps = passes_differ(model.train(training))
         except Exception as error:  # each family has a kind of its own
             gaps = f"the error {cause(error)!r}"
-        if isinstance(gaps, dict) and max(gaps.values()) < close:
+        if isinstance(gaps, dict) and all(gap < close for gap in gaps.values()):
             break
     else:
         refuse(f"{model.name_or_path!r} cannot be used: by dropout, noise, or for lack of a cache, its "
@@ -1147,18 +1161,17 @@ def passes_differ(model):
     ids, mask = padded([[], []], responses, model.device)
     batch = response_logits(model, prompts, responses, model.shares_prompts)
     cache, logits, seen = prefill(model, prompts)
-    steps = [logits]
+    steps, plain = [logits], []
     for t in range(ids.shape[1] - 1):
         seen = torch.cat([seen, mask[:, t : t + 1]], 1)
         steps.append(forward(model, ids[:, t : t + 1], seen, 1, cache)[:, -1])
-    found, gaps = {"in batches": batch, "in sampling": torch.stack(steps, 1)}, Counter()
     model.eval()
-    for i, (prompt, response) in enumerate(zip(prompts, responses)):
-        plain = model(input_ids=torch.tensor([prompt + response])).logits[0, len(prompt) - 1 : -1]
-        for name, logits in found.items():
-            gap = (logits[i, : len(response)] - plain).abs().nan_to_num(math.inf).max().item()
-            gaps[name] = max(gaps[name], gap)
-    return dict(gaps)
+    for prompt, response in zip(prompts, responses):
+        logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
+        plain.append(logits[len(prompt) - 1 : -1])
+    plain, kept = nn.utils.rnn.pad_sequence(plain, batch_first=True), mask.bool()
+    return {"in batches": (batch - plain)[kept].abs().max().item(),
+            "in sampling": (torch.stack(steps, 1) - plain)[kept].abs().max().item()}
 
 
 def stop_token_ids(model, tokenizer):
@@ -1217,17 +1230,18 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     asked once, and the head that a prompt's questions share is computed once: it halves the time."""
     of_prompt, rows, found = {}, [], {}
     for prompt, ids in zip(prompts, questions):
-        of_prompt.setdefault(transcript(prompt), set()).add(tuple(ids))
+        of_prompt.setdefault(str(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
-        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail of one or more
-        shared *= judge.shares_prompts
+        shared = 0
+        if judge.shares_prompts:
+            shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
         rows += [(ids[:shared], ids[shared:]) for ids in group]
     rows.sort(key=lambda row: (len(row[0]), row))
     for part in progress(chunks(rows, micro_batch_size), "judging"):
         heads, tails = zip(*part)
         ids, mask = padded([[]] * len(part), tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
-        if judge.shares_prompts and heads[-1]:
+        if heads[-1]:
             cache, _, head_mask = prefill(judge, heads)
             mask = torch.cat([head_mask, mask], 1)
         kept, column = ends.unique(return_inverse=True)
