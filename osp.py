@@ -1051,7 +1051,7 @@ def accumulate_gradients(model, losses_of, items, total, size, args):
     make equally many sharded passes: one that has fewer micro-batches repeats one with weight 0."""
     parts, rows = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))), []
     model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
-    for i in range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD):
+    for i in progress(range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD), "gradients"):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
             losses, seen = losses_of(parts[i % len(parts)])
         weight = float(WORLD * (i < len(parts)))
