@@ -554,6 +554,11 @@ def run_method(args) -> dict:
 
 # Part II: what makes it practical. A reader of the method may stop here. ==========================
 # 12. The command line -----------------------------------------------------------------------------
+def json_object(text):
+    """A JSON object, as of an option; argparse refuses what raises here."""
+    return dict(json.loads(text))
+
+
 @dataclasses.dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
@@ -562,7 +567,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: json.loads = dataclasses.field(default_factory=dict)  # for the chat template
+    chat_template_kwargs: json_object = dataclasses.field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     save_steps: int = 100  # steps between checkpoints, of SFT and of the method
@@ -708,10 +713,13 @@ def evaluate(models, rows, before, gold, args):
         with inference(role, args.bf16) as model:
             logps.append(response_logps(model, *ids, args.micro_batch_size))
     texts = [(row.prompt, one.text, two.text) for row, one, two in zip(rows, after, before)]
-    judge = models.others.get(args.eval_judge_name_or_path, (models.start, models.tokenizer))
-    p_12, p_21 = verdicts_of_all(*judge, texts, args)
-    golds = golds_of(texts, gold)
-    wins = (1 + np.sign(golds[0] - golds[1])) / 2 if gold else averaged_strength(p_12, p_21).tolist()
+    p_12, p_21 = verdicts_of_all(models.judge, models.tokenizer, texts, args)
+    golds, wins = golds_of(texts, gold), averaged_strength(p_12, p_21).tolist()
+    if gold:
+        wins = (1 + np.sign(golds[0] - golds[1])) / 2
+    elif args.eval_judge_name_or_path:
+        judge = models.others[args.eval_judge_name_or_path]
+        wins = averaged_strength(*verdicts_of_all(*judge, texts, args)).tolist()
     figures = described(models, after, golds[0]) | verdict_figures(texts, p_12, p_21)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
@@ -733,7 +741,7 @@ def verdicts_of_all(judge, tokenizer, texts, args):
 
 
 def verdict_figures(texts, p_12, p_21):
-    """(prompt, response 1, response 2)s and both orders' Pr(A) -> whether it goes by order or length.
+    """(prompt, response 1, response 2)s and both orders' Pr(A) -> what a judge goes by.
     Pairs of equal verdicts say nothing of order, those of equal length nothing of length."""
     lean = averaged_strength(p_12, p_21) - 0.5
     longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
