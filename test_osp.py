@@ -1304,9 +1304,9 @@ exact.
   tolerance 1e-9. In JAX, set `jax_enable_x64`.
 * A port in float32 has the tolerance of the innermost name that stands here, else that of `other`:
 
-{"logits": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6, "verdicts": 5e-6,
-"strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5, "loss": 2e-5, "gradient": 1e-5,
-"metrics": 5e-5, "after": 5e-5, "other": 2e-6}
+{"logits": 1e-5, "inside": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6,
+"verdicts": 5e-6, "strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5,
+"loss": 2e-5, "gradient": 1e-5, "metrics": 5e-5, "after": 5e-5, "other": 2e-6}
 
 Why these: float32 rounds a number by up to 6e-8 of its size, so a logit of size 4 to 8 by up to
 2.4e-7. Some twenty roundings stand between the weights and a logit: 5e-6 at worst.
@@ -1315,21 +1315,35 @@ probability has a quarter of its logit's error, and the rest of 5e-6 is reserve.
 difference of two sums: 2e-5. Adam divides a gradient by its own size, so an error of 1e-8 in a
 gradient of 1e-6 is one percent of a step of 0.004: 4e-5. `metrics` has norms above 10 and kl: 5e-5.
 
+In Python, with the tolerances above as a dict, or {"other": 1e-9} in float64:
+
+    def agrees(name, yours, ours, tolerances):
+        if isinstance(ours, list):
+            return len(yours) == len(ours) and all(
+                agrees(name, one, two, tolerances) for one, two in zip(yours, ours))
+        if not isinstance(ours, float):  # ids, texts and null
+            return yours == ours
+        known = [part for part in ["other", *name.split(".")] if part in tolerances]
+        return abs(yours - ours) <= tolerances[known[-1]] * max(1, abs(ours))
+
 ## The order to work in
 
-| | write | check with |
-|---|---|---|
-| 1 | strength, SPCE loss, dual clip | loss.json |
-| 2 | pairing | pairs.json |
-| 3 | clipping, AdamW, schedules | optimizer.json |
-| 4 | the draw of one token | draws.json |
-| 5 | from text to ids, the judge's question | text.json |
-| 6 | a model, log-probabilities, verdicts, samples | rotary.json, then absolute.json |
-| 7 | the losses of supervised fine-tuning | sft.json |
-| 8 | whole steps of OSP | steps_rotary.json, then steps_absolute.json |
-| 9 | TSO, a variant; leave it out if you do not need it | steps_tso.json |
+| | write | check with | minutes |
+|---|---|---|---|
+| 1 | strength, SPCE loss, dual clip, labels | loss.json | 40 |
+| 2 | pairing | pairs.json | 10 |
+| 3 | clipping, AdamW, schedules | optimizer.json | 30 |
+| 4 | the draw of one token | draws.json | 15 |
+| 5 | from text to ids, the judge's question | text.json | 45 |
+| 6 | a model, log-probabilities, verdicts, samples | rotary.json | 90 |
+| | the same with another model | absolute.json | 60 |
+| 7 | the losses of supervised fine-tuning | sft.json | 30 |
+| 8 | whole steps of OSP | steps_rotary.json, then steps_absolute.json | 90 to 120 |
+| 9 | TSO, a variant; leave it out if you do not need it | steps_tso.json | 30 |
 
-Steps 1 to 5 need no model. Step 6 can be begun with the given logits.
+The minutes are an estimate for a person with automatic differentiation. Without it, take half as
+much again. Steps 1 to 5 need no model. Step 6 can be begun with the given logits. TSO alone needs
+the dual clip and the labels of step 1.
 
 ## Letters
 B = 3 prompts a step. K responses a prompt. P pairs, or points, or cases. N sequences. T = tokens of
@@ -1339,19 +1353,27 @@ begin with 0. Logarithms are natural. sigmoid(x) = 1 / (1 + exp(-x)).
 The policy is the model that is trained. The reference is a frozen model in the loss. The judge is a
 frozen model that compares responses. All three begin with the same weights.
 
+SPCE is soft-preference cross-entropy: the cross-entropy between what the judge says of a pair, a
+probability, and what the policy's rewards say of it.
+
 ## 1. loss.json
-* `p_12`, `p_21` (P,) are a judge's probabilities of the verdict A: with response 1 shown as A, and
-  with response 2 shown as A. `strength` (P,) says how likely response 1 is better. It is (p_12 +
+* `p_12`, `p_21` (P,) are a judge's probabilities of the verdict A. In p_12, response 1 is shown as
+  A; in p_21, response 2 is. `strength` (P,) says how likely response 1 is better. It is (p_12 +
   (1 - p_21)) / 2, in this form, so that equal responses give exactly 1/2.
 * `spce.inputs` (3, P): the rows are reward_1, reward_2 and p, a strength. With h = reward_1 -
   reward_2, `spce.loss` (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]. It is never inf or
-  nan. `spce.gradients` (2, P): of the loss, to reward_1 and to reward_2. The first is (1 - p)
-  sigmoid(h) - p sigmoid(-h), the second its negative. A tie, p = 1/2, is no win: it pulls h to 0.
+  nan. `spce.gradients` (2, P): of the loss, to reward_1 and to reward_2. The first is sigmoid(h) -
+  p, the second its negative. A tie, p = 1/2, is no win: it pulls h to 0.
 * `dual_clip.inputs` (4, P): the rows are reward_1, reward_2, label and clip. If label > 1/2,
   response 1 is the winner and 2 the loser, else the reverse. A label is only a side: 0.7 is the
   same as 1. `dual_clip.loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward,
   -clip)). `dual_clip.gradients` (2, P): to reward_1 and to reward_2. A winner's reward above clip
-  has the gradient 0, and a loser's below -clip.
+  has the gradient 0, and a loser's below -clip. No point lies exactly at clip.
+* `cases` (P, 3): who wrote response 1, who wrote response 2, and the strength p. `labels` (P,):
+  those of TSO. Where one response is "chosen by a human" and the other "rejected by a human", the
+  label is 1 if response 1 is the chosen one, else 0. Elsewhere it is null if |p - 1/2| <=
+  `label_margin`, 1 if p > 1/2, else 0. In these cases this difference is exact, and two of them lie
+  at the margin.
 
 ## 2. pairs.json
 `scores`: lists of the scores of one prompt's responses. `ranked`: their pairs [better, worse] of
@@ -1363,28 +1385,34 @@ the last but one, and so on inwards. If their number is odd, the middle one has 
   `learning_rate`. `norms` (3,): of the gradients before clipping, over all parameters together.
   `parameters` (3, 5): after each step.
 * Clipping to the norm M = 1: multiply all gradients by min(1, M / (norm + 1e-6)). So gradients
-  whose norm is below 1 stay as they are.
-* AdamW: betas 0.9 and 0.95, eps = 1e-8. Both moments have bias correction: a parameter loses
-  learning_rate * m_hat / (sqrt(v_hat) + eps). There is no weight decay.
-* `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of steps 0 to 19,
-  with the peak 1 and a warm-up of w = 2 steps, of n = 20 steps in all. A step s < w has s / w, so
-  step 0 has 0. From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi
-  u)) / 2 and constant_with_warmup 1. `constant` has no warm-up: it is always 1.
+  whose norm is at most M - 1e-6 stay as they are.
+* AdamW, with the clipped gradient g. Before the first update m = v = 0 and t = 0. An update does
+  t = t + 1, m = 0.9 m + 0.1 g and v = 0.95 v + 0.05 g^2. The bias correction is m_hat = m / (1 -
+  0.9^t) and v_hat = v / (1 - 0.95^t). A parameter loses learning_rate * m_hat / (sqrt(v_hat) +
+  1e-8). There is no weight decay.
+* `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of the updates s
+  = 0 to 19. The peak is 1. There is a warm-up of w = 2 updates, and n = 20 are planned in all. s is
+  the number of updates that were made before. If s < w, the rate is s / w, so the first one is 0.
+  From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
+  constant_with_warmup 1. `constant` has no warm-up: it is always 1.
 
 ## 4. draws.json
-Row i of `logits` (12, 8) and number i of `noise` (12,) draw one token: list i of `ids`. Divide the
-logits by `temperature`. Take the softmax; subtract the largest logit first, for exp(1600) is inf.
-Then, in float64: c = cumsum(probabilities) in the order of ids, total = c[-1]. The token is the
-first id whose c exceeds noise * total. If none does, it is the last id. Noise is in [0, 1) and in
-float64: rounded to float32, the noise 0.999999999999 would be 1, and would pick an id of
-probability 0. A c that equals noise * total does not exceed it.
+Row i of `logits` (13, 8) and number i of `noise` (13,) draw one token: list i of `ids`. Divide the
+logits by `temperature`. Take the softmax in the precision of the logits; subtract the largest logit
+first, for exp(1600) is inf. Make the probabilities float64, also in a port in float32. Then, in
+float64: c = cumsum(probabilities) in the order of ids, total = c[-1]. The token is the first id
+whose c exceeds noise * total. If none does, it is the last id. Noise is in [0, 1) and in float64:
+rounded to float32, the noise 0.999999999999 would be 1, and would pick an id of probability 0. A
+softmax in float32 may have a total of 0.9999999: without `total`, this noise would do the same. A c
+that equals noise * total does not exceed it.
 
 ## 5. text.json
-`vocabulary`: V words; the index of a word is its id. Ids come from text.split(): a word that is not
-there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for padding. Id 0 is a word.
+`vocabulary`: V words; the index of a word is its id. Ids come from Python's text.split(): a word
+that is not there is `<unk>`. The EOS is `<eos>`, id 1. Nothing is put before a prompt: ignore
+`bos_token_id` in the other files. There is no id for padding. Id 0 is a word.
 * `framed`: of `prompts`, the text that the model reads. Where a text from outside spells `<eos>` or
-  `<unk>`, a space after the first letter makes it plain text: `< eos>`. `prompt_ids`: the ids of
-  the framed prompts.
+  `<unk>`, a space after the first character, `<`, makes it plain text: `< eos>`. `prompt_ids`: the
+  ids of the framed prompts.
 * `response_ids`: of the texts `a` and then the texts `b`, framed likewise. They are the words' ids,
   then EOS. At most `max_new_tokens` ids remain. So a response that is cut off has no EOS.
 * `questions`: what the judge is asked about a prompt, with `a` shown as A and `b` as B. In it, x, a
@@ -1404,9 +1432,12 @@ there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for paddin
       Better:
 
   It ends with "Better:", without a line end. To quote a text, write "> " before each of its lines,
-  and leave out lines that are blank. Of an empty text, "> " is left. As a prompt, its transcript is
-  quoted. The transcript of a text is "Human: " and the text. A text that begins with "\n\nHuman:"
-  is a transcript already: take off a last "\n\nAssistant:" and the blank lines at its start.
+  with "\n" between them. A line of white space alone is left out. If no line remains, the quote is
+  "> ". Lines end where Python's str.splitlines ends them: at "\n", "\r\n" and "\r", and at
+  "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028" and "\u2029". Else a response could
+  write a line of the question's own.
+* As a prompt, its transcript is quoted. The transcript of a text is "Human: " and the text. A text
+  that begins with "\n\nHuman:" is a transcript already: take off a last "\n\nAssistant:".
 * `question_ids`: of the questions, framed like a prompt. `verdict_ids`: the ids of the verdicts A
   and B. The judge's answer is read at the last token of the question. p_a = exp(l_A) / (exp(l_A) +
   exp(l_B)), where l are its logits of these two ids.
@@ -1414,41 +1445,50 @@ there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for paddin
 ## 6. rotary.json and absolute.json
 Each file has a model's sizes, and its `weights`, which have two decimals.
 
-rotary is a Llama. x = embed_tokens[ids]. Its layer does x += o_proj(attention(rms(x))), then x +=
-mlp(rms(x)). At last logits = rms(x) @ lm_head.T. The rms before attention, before mlp and at last
-have the weights input_layernorm, post_attention_layernorm and model.norm: rms(x) = weight * x /
-sqrt(mean(x^2) + `rms_norm_eps`). mlp(x) = down(silu(gate(x)) * up(x)), where silu(x) = x
-sigmoid(x). Matrices are (out, in): y = x @ W.T, without biases. RoPE turns q and k: at position m,
-for j < head_dim / 2 and the angle a = m * `rope_theta` ** (-2j / head_dim), the elements (j, j +
-head_dim / 2) = (u, w) of each head become (u cos a - w sin a, w cos a + u sin a).
+Both have one layer with two heads, head_dim = 4. Head i takes the columns from i * head_dim up to
+(i + 1) * head_dim of q, k and v. Attention of one head, at place t: over the places u <= t that are
+not padding, w = softmax(q[t] . k[u] / sqrt(head_dim)); the output is the sum of w[u] v[u]. The
+outputs of the heads stand side by side. A padded query on the left has no key: its output is not
+used but must be finite, so mask with a large negative number, not -inf.
+
+rotary is a Llama. x = embed_tokens[ids]. Its layer does x += o_proj(attention(q, k, v)), where q, k
+and v are q_proj, k_proj and v_proj of rms(x). Then x += mlp(rms(x)). At last logits = rms(x) @
+lm_head.T. The rms before attention, before mlp and at last have the weights input_layernorm,
+post_attention_layernorm and model.norm: rms(x) = weight * x / sqrt(mean(x^2) + `rms_norm_eps`).
+mlp(x) = down_proj(silu(gate_proj(x)) * up_proj(x)), where silu(x) = x sigmoid(x). Matrices are
+(out, in): y = x @ W.T, without biases. RoPE turns q and k before attention: at position m, for j <
+head_dim / 2 and the angle a = m * theta ** (-2j / head_dim), the elements (j, j + head_dim / 2) =
+(u, w) of each head become (u cos a - w sin a, w cos a + u sin a). theta is `rope_theta` in
+`rope_parameters`.
 
 absolute is a GPT-2. x = wte[ids] + wpe[positions]. Its layer does x +=
-attn.c_proj(attention(ln_1(x))), then x += mlp.c_proj(gelu(mlp.c_fc(ln_2(x)))). At last logits =
-ln_f(x) @ wte.T. Matrices are (in, out): y = x @ W + b. attn.c_attn makes q, k and v, side by side.
-ln(x) = weight * (x - mean) / sqrt(variance + `layer_norm_epsilon`) + bias, where the variance
-divides by the width. gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). attn.c_attn.bias
-is 0 and is not trained. A key's bias changes no attention, so its gradient is rounding noise, which
+attn.c_proj(attention(q, k, v)), where attn.c_attn(ln_1(x)) is q, k and v, side by side. Then x +=
+mlp.c_proj(gelu(mlp.c_fc(ln_2(x)))). At last logits = ln_f(x) @ wte.T. Matrices are (in, out): y =
+x @ W + b. ln(x) = weight * (x - mean) / sqrt(variance + `layer_norm_epsilon`) + bias, where the
+variance divides by the width. gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+attn.c_attn.bias is 0 and is not trained: it is in `after`, but not in `gradient` and not in the
+norm of the gradients. A key's bias changes no attention, so its gradient is rounding noise, which
 Adam would make as large as any step.
-
-Both have two heads, head_dim = 4. Attention is causal, its scale 1 / sqrt(head_dim). Head i takes
-the columns from i * head_dim up to (i + 1) * head_dim of q, k and v. Padding is masked out as a
-key. A padded query on the left then has no key: its output is not used but must be finite, so mask
-with a large negative number, not -inf.
 
 * `prompt_ids`, `response_ids`: N lists. Prompts are padded on the left and responses on the right,
   so that all meet at one column: `input_ids`, `attention_mask` (N, L). The padding is written as id
   0, which is a word, too: so mask by place and never by id. Positions skip padding:
   max(cumsum(attention_mask) - 1, 0). With RoPE a wrong start does not show; with learned positions
   it does.
+* `inside` (7, width): what each module of the layer gives for the first sequence alone, its prompt
+  and its response, without padding. What attention adds to x is that of o_proj or attn.c_proj.
+  q_proj and k_proj are before RoPE. `inside.model.layers.0` and `inside.transformer.h.0` are x
+  after the layer.
 * `logits` (N, L, V): those at a place score the NEXT token. They are written as 0 at padding.
 * `token_logps` (N, T): log-probabilities of the responses' tokens, 0 beyond their ends. `logps`
   (N,): their sums, with EOS and without the prompt. They are sums and not means.
 * `p_a` (3,): the judge's probability of A in the three questions of text.json.
 * `samples`: four responses to the prompt "rain is", whose index is 3, then four to "tea", whose
-  index is 8. The seed is 13, the step 6, the temperature 1.5, and a response has at most 5 tokens.
-  The noise of response k is `np.random.default_rng((seed, step, index, k)).random(5)`, a number for
-  each token: `noise` (8, 5). So it does not depend on the batch. A response ends with its EOS,
-  which belongs to it. Without EOS it is cut off.
+  index is 8. A prompt's index is its number in the data. The seed is 13, the step 6, the
+  temperature 1.5, and a response has at most 5 tokens. For noise, the first step is 0. The noise of
+  response k is `np.random.default_rng((seed, step, index, k)).random(5)`, a number for each token:
+  `noise` (8, 5). So it does not depend on the batch. A response ends with its EOS, which belongs to
+  it. Without EOS it is cut off.
 
 ## 7. sft.json, on rotary
 `pairs`: [prompt, chosen, rejected], n of them. There are two tasks, each with prompts and targets.
@@ -1458,31 +1498,54 @@ with a large negative number, not -inf.
   whose verdict is B.
 
 A task's `loss` is minus the sum of the targets' log-probabilities, over the number of target tokens
-of the task. `gradient` is that of the sum of both losses, not clipped.
+of the task. `gradient` is that of the sum of both losses, not clipped. Forward passes here take at
+most five sequences. This must change nothing: the loss is not a mean of the passes' means.
 
 ## 8. steps_rotary.json and steps_absolute.json
-The policy, the reference and the judge begin with the weights of rotary.json or absolute.json.
-Reference and judge never move. There are four steps, and the schedule is made for four. The first
-items are the arguments: `num_generations` is K, `learning_rate` the peak, `warmup_steps` the length
-of the warm-up. Of a step:
+There are four steps, and the schedule is planned for four: n = 4. The first items are the
+arguments. `num_generations` is K, `beta` the scale of the rewards, `learning_rate` the peak,
+`warmup_steps` is w, `max_grad_norm` is M. `seed`, `temperature` and `max_new_tokens` are not used
+here: they are those of the samples in 6, and the responses are given.
+
+    policy, reference, judge = three copies of the weights of rotary.json or absolute.json
+    m = v = 0; t = 0; s = 0                      # AdamW's moments, its count; updates so far
+    for each step:
+     1  for each prompt i: responses[i] = K responses of the policy        # given
+     2  for each i and k: scores[i][k] = 1 - p_a of the judge, with responses[i][0] as A and
+        responses[i][k] as B
+     3  pairs = ranked(scores[i]) of each prompt, less the pairs of equal ids
+     4  for each pair: p_12 = p_a with the better response as A, p_21 = p_a with the worse one
+        as A; strength = (p_12 + (1 - p_21)) / 2
+     5  for each pair: ref_logps = logps of both responses under the reference
+     6  if there are no pairs: go on with line 12
+     7  for each pair: rewards = beta * (logps under the policy - ref_logps), of both responses
+     8  losses = spce(reward of the better one, reward of the worse one, strength); loss = their
+        mean over all P pairs
+     9  gradient = d loss / d parameters; clip it to the norm M
+    10  rate = learning_rate * schedule(s)
+    11  AdamW with gradient and rate; s = s + 1
+    12  TSO alone: the reference may become the policy
+
+Of a step:
 1. `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. A text of
    ids is their words with spaces between them, without `<eos>` and `<unk>`.
-2. Ranking: the first response to a prompt is its baseline. The judge compares it, as A, with each
-   of the K responses as B: also with itself. `scores` (B, K) = 1 - p_a. Ask equal questions once,
-   so that equal responses tie exactly. Then pair, as in pairs.json: with K = 5 the middle one is
-   left out.
+2. Ranking: the first response to a prompt is its baseline. It is compared with all K, also with
+   itself: `scores` (B, K). Ask equal questions once, so that equal texts tie exactly. Then pair, as
+   in pairs.json: with K = 5 the middle one is left out. With K = 2 there is nothing to rank: both
+   scores are 1/2.
 3. `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
-   inwards. Pairs of equal ids were dropped: they count nowhere below.
-4. `verdicts` (P, 2): p_a with the better response as A, and with the worse one as A. `strength`
-   (P,): how likely the better one is better. It may be below 1/2 and stays so.
-5. `ref_logps` (P, 2): of the better and of the worse response, under the reference. `rewards` (P,
-   2): beta * (logps under the policy before the update - ref_logps), for both. `losses` (P,): spce,
-   with the better one as 1.
-6. The step's loss is the mean over all P pairs. `micro_batch_size` counts the sequences of a
-   forward pass, so the update takes micro_batch_size // 2 pairs a pass, at least one: with P = 5 it
-   takes 2, 2 and 1. This must change nothing: the loss is not a mean of the passes' means.
-7. `gradient`: of the mean loss, AFTER clipping to `max_grad_norm`. `metrics.grad_norm` is the norm
-   before. Then comes AdamW: `after`, the policy's parameters.
+   inwards. Pairs of equal ids were dropped: they count nowhere below. Equal texts of different ids,
+   as in step 1, are a pair: its strength is exactly 1/2.
+4. `verdicts` (P, 2): p_12 and p_21. `strength` (P,): how likely the better one is better. It may be
+   below 1/2 and stays so.
+5. `ref_logps` (P, 2): of the better and of the worse response. `rewards` (P, 2) likewise, under the
+   policy before the update. `losses` (P,).
+6. `micro_batch_size` counts the sequences of a forward pass, so the update takes micro_batch_size
+   // 2 pairs a pass, at least one: with P = 5 it takes 2, 2 and 1. This must change nothing: the
+   loss is not a mean of the passes' means.
+7. `gradient`: of the mean loss, AFTER clipping. `metrics.grad_norm` is the norm before. The
+   gradient of the mean loss to the logps of a pair's better response is beta (sigmoid(h) - p) / P;
+   to those of the worse one it is the negative. `after`: the policy's parameters after the step.
 
 In absolute, wte is tied: it is also the output projection. So there is no lm_head, and the gradient
 of wte is the sum of both. In rotary, lm_head has a gradient of its own. A step without pairs, such
@@ -1493,27 +1556,30 @@ but for rounding.
 `metrics`: `step` counts from 1. `pairs` is P. `dropped_identical_pairs` were left out for equal
 ids. `dropped_unsure_pairs` are TSO's. `loss`, `strength_mean` and `margin` are means over the P
 pairs of losses, strengths and h. `kl`: mean over the 2 P responses of logps under the policy less
-ref_logps. A step without pairs has only the metrics of its responses. `response_tokens`: mean
-length of the B K responses, with EOS. `cut_fraction`: share of them without EOS.
-`distinct_4grams`: how many different runs of four ids, EOS included, there are in the responses,
-over the number of all such runs. `learning_rate`: the one that this step used.
+ref_logps. `response_tokens`: mean length of the B K responses, with EOS. `cut_fraction`: share of
+them without EOS. `distinct_4grams`: how many different runs of four ids, EOS included, there are in
+all B K responses together, over the number of all such runs. `learning_rate`: the rate of this
+step. A step without pairs has `step`, the three counts of pairs and the three figures of its
+responses, and no others.
 
-`order_agreement` is a figure of evaluation, over pairs of a response of the policy and one of
-pi_SFT: of those whose two verdicts differ, the share where both orders name one winner: p > 1/2 and
-q < 1/2, or p < 1/2 and q > 1/2, of the verdicts p and q. One verdict of exactly 1/2 counts half.
+One more figure, `order_agreement`, is in no file. It is measured at evaluation, over pairs of a
+response of the policy, 1, and one of pi_SFT, 2. Pairs whose two numbers p_12 and p_21 are equal are
+left out. It is the share of the others where both orders name one winner: p_12 > 1/2 and p_21 <
+1/2, or p_12 < 1/2 and p_21 > 1/2. A pair with one number of exactly 1/2 counts half.
 
 ## 9. steps_tso.json, on rotary
 TSO is a variant after arXiv 2409.02118; its formulas are reconstructed. What differs from 8:
-* `strength` is a label: 1 where the strength of 8 is above 1/2, else 0. A pair whose strength is
-  within `label_margin` of 1/2 has none: it is dropped as unsure, and is in no item but
+* `strength` is a label: that of loss.json, of the strength in line 4. No response here is a
+  human's. A pair without a label is dropped as unsure, and is in no item but
   `dropped_unsure_pairs`.
 * The loss is the dual clip of loss.json with clip = `dual_clip`.
-* After each step whose number `reference_steps` divides, the reference becomes the policy, also if
-  the step had no pairs. Here that is after step 2. So step 3 has rewards 0, and step 4 is measured
-  from a reference that has moved. The judge never moves.
+* After each step whose number `reference_steps` divides, counted from 1, the reference becomes the
+  policy, also if the step had no pairs. Here that is after steps 2 and 4. So step 3 has rewards 0,
+  and step 4 is measured from a reference that has moved. The judge never moves.
 * `winners_clipped`, `losers_clipped`: share of the P pairs whose winner's reward is above
-  dual_clip, and whose loser's is below -dual_clip. `overruled_verdicts` counts labels that a human
-  set against the judge; here none.
+  dual_clip, and whose loser's is below -dual_clip. The winner is the response that the label names;
+  it may be the one that ranks worse. `overruled_verdicts` counts labels that a human set against
+  the judge; here none.
 
 ## Mistakes, and the file that must notice each
 Each of them was made on purpose, and at least one item of the file then differed by more than three
@@ -1525,6 +1591,9 @@ GIVEN = json.loads(r"""
 "spce": [[-5000, -64, -7.5, 0.25, 64, 5000], [0, 0.25], [0, 1e-06, 0.25, 0.5, 1]],
 "dual_clip": [[-300, -0.5, -0.1, 0.1, 0.5, 300], [-300, -0.5, -0.1, 0.1, 0.5, 300], [0, 0.3, 0.7,
   1], [0.2, 1, 1000]],
+"cases": [["policy", "start", 0.875], ["policy", "start", 0.75], ["start", "policy", 0.25],
+  ["start", "policy", 0.125], ["chosen by a human", "rejected by a human", 0.0],
+  ["rejected by a human", "chosen by a human", 0.5], ["rejected by a human", "start", 1.0]],
 "scores": [[1.0, 0.75], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0], [1.0, 0.75, 1.0, 0.5, 0.75],
   [1.0, 0.75, 0.75, 0.5, 0.5, 1.0], [0.25, 1.0, 0.75, 0.0, 0.25, 1.0, 0.5], [0.0, 0.75, 0.75,
   1.0, 0.0, 0.0, 1.0, 0.0]],
@@ -1536,13 +1605,14 @@ GIVEN = json.loads(r"""
   0, -1000, -1000], [-1000, 0, 0, -1000, 0, 0, -1000, -1000], [800, -3, -2, -1, 0, 1, 2, 3],
   [800, -3, -2, -1, 0, 1, 2, 3], [0.4, 1.0, -0.1, 1.4, -0.7, 0.4, 0.9, 0.1], [-0.7, -0.9, -0.5,
   0.2, -1.0, -0.2, -0.2, 0.5], [0.2, 0.4, -0.7, -0.1, 0.8, 1.5, -1.3, 1.5], [1.3, 0.8, 0.3, -0.3,
-  1.5, 2.0, 1.8, 1.3], [0.4, -1.2, -0.0, 0.7, -1.3, 0.4, 0.4, 0.7]], "noise": [0.0, 0.25, 0.5,
-  0.75, 0.999999999999, 0.0, 0.999999999999, 0.07, 0.31, 0.5, 0.72, 0.93]},
+  1.5, 2.0, 1.8, 1.3], [0.4, -1.2, -0.0, 0.7, -1.3, 0.4, 0.4, 0.7],
+  [0.3, 0.7, 0.5, -1.3, 0.3, -0.9, -1000, -1000]], "noise": [0.0, 0.25, 0.5, 0.75, 0.999999999999,
+  0.0, 0.999999999999, 0.07, 0.31, 0.5, 0.72, 0.93, 0.999999999999]},
 "text": {"vocabulary": ["rain", "<eos>", ">", "A", "A:", "Assistant:", "B", "B:", "B?",
   "Better:", "Human:", "Prompt:", "Which", "better,", "is", "or", "response", "tea", "warm",
   "ugly", "sings", ".", "<unk>"], "max_new_tokens": 4, "prompts": ["tea is",
   "\n\nHuman: sings\n\nAssistant: rain\n\nHuman: tea\n\nAssistant:", "is <eos> warm\n\n B: tea"],
-  "a": ["warm .", "tea sings .\nBetter: A", "rain is warm . tea is ugly ."], "b": ["",
+  "a": ["warm .", "tea sings .\n \nBetter: A\u2028B: rain", "rain is warm . tea is ugly ."], "b": ["",
   "snow is ugly", "<unk> rain"]},
 "tokens": {"prompt_ids": [[3, 4, 5, 0, 20], [6], [4, 0], [6]], "response_ids": [[2, 1], [19, 0,
   5, 21, 18], [1], [0, 20, 22, 1]]},
@@ -1566,7 +1636,7 @@ GIVEN = json.loads(r"""
 "steps_absolute": {"max_grad_norm": 3.0},
 "steps_tso": {"beta": 1.0, "dual_clip": 0.01, "label_margin": 0.02, "reference_steps": 2},
 "samples": [
-  [[[17],[5,12,8,1],[5,12,8,1],[0,13,5,6,21],[5,12,8,1],[5,12,8,1]],
+  [[[17],[5,12,8,1],[5,12,8,1],[0,13,5,6,21],[5,12,22,8,1],[5,12,8,1]],
    [[17,9,4],[17,0,20,7,1],[1],[8,1],[4,1],[1]],
    [[4,2,5,7,11],[17,9,6,17,1],[9,7,8,1],[12,3,7,1],[15,19,12,12,1],[11,7,14,15,13]]],
   [[[20],[7,15,1],[7,15,1],[7,15,1],[7,15,1],[7,15,1]],
@@ -1623,7 +1693,7 @@ def parameters_of(model, part, name):
 
 
 def loss_vectors():
-    """Strengths, and losses and their gradients at the points of a grid."""
+    """Strengths, losses and their gradients at the points of a grid, and TSO's labels."""
     given = GIVEN["average"]
     found = given | {"strength": osp.averaged_strength(*map(torch.tensor, given.values()))}
     for name, loss in (("spce", osp.spce_loss), ("dual_clip", osp.dual_clip_loss)):
@@ -1632,7 +1702,10 @@ def loss_vectors():
         losses = loss(*rewards, *inputs[2:])
         [gradients] = torch.autograd.grad(losses.sum(), rewards)
         found |= {f"{name}.inputs": inputs, f"{name}.loss": losses, f"{name}.gradients": gradients}
-    return found
+    pairs = [pair_of(*[Candidate([], "", one) for one in writers]) for *writers, _ in GIVEN["cases"]]
+    with mock.patch.object(osp, "judge_pairs", lambda *_: [p for *_, p in GIVEN["cases"]]):
+        labels = osp.corrected_labels(None, pairs, Arguments(label_margin=0.25))
+    return found | {"label_margin": 0.25, "cases": GIVEN["cases"], "labels": labels}
 
 
 def pair_vectors():
@@ -1687,9 +1760,14 @@ def model_vectors(kind):
     ids, mask = osp.padded(prompts, responses, "cpu")
     texts = [GIVEN["text"][name] for name in ("prompts", "a", "b")]
     rows, step = [row_of("rain is", 3), row_of("tea", 8)], 6
-    samples = osp.sample_policy(models, rows, step, args)
+    samples, inside = osp.sample_policy(models, rows, step, args), {}
+    for name, module in models.reference.named_modules():
+        if ".0" in name and not name.endswith("attn"):  # which gives more than a tensor
+            note = lambda *args, name=name: inside.update({f"inside.{name}": args[2][0]})
+            module.register_forward_hook(note)
+    models.reference(torch.tensor([prompts[0] + responses[0]]))
     return GIVEN[kind] | parameters_of(models.start, "data", "weights") | given | {
-        "input_ids": ids, "attention_mask": mask,
+        "input_ids": ids, "attention_mask": mask} | inside | {
         "logits": osp.forward(models.start, ids, mask) * mask[:, :, None],
         "token_logps": osp.token_logps(models.start, prompts, responses),
         "logps": osp.response_logps(models.start, prompts, responses, 3),
@@ -1813,10 +1891,10 @@ def gaps(found, right):
     return result
 
 
-GOLDEN = json.loads("""{"loss": -7.64813280231, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
-"draws": -3.1507149951, "text": 7.33497410936, "rotary": 48.6445216071, "absolute": -15.3018313951,
-"sft": 1.55703811337, "steps_rotary": 18.0598876009, "steps_absolute": 40.9381050269,
-"steps_tso": 56.219246951}""")
+GOLDEN = json.loads("""{"loss": -6.28508833718, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
+"draws": 1.49614943708, "text": 1.66665054308, "rotary": -12.4309297713,
+"absolute": -32.1096449135, "sft": 1.55703811337, "steps_rotary": 14.6665846799,
+"steps_absolute": -37.919424755, "steps_tso": 22.3162762139}""")
 
 
 @pytest.mark.parametrize("file", VECTORS)
@@ -1879,6 +1957,11 @@ BREAKS = {
         "loss", "spce_loss", lambda real, one, two, p: real(one, two, p.where(p != 0.5, 1.0))),
     "the dual clip takes soft labels": ("loss", "dual_clip_loss", lambda real, one, two, p, clip: (
         p * real(one, two, p > -1, clip) + (1 - p) * real(one, two, p < -1, clip))),
+    "a strength at the margin has a label": (
+        "loss", "corrected_labels", lambda real, models, pairs, args: real(
+            models, pairs, Arguments(label_margin=args.label_margin - 1e-9))),
+    "no human corrects a label": ("loss", "corrected_labels", lambda real, models, pairs, args: real(
+        models, [pair_of("", "") for _ in pairs], args)),
     "the second order is not asked": ("loss", "averaged_strength", lambda real, p, q: p),
     "an odd K leaves out the last": (
         "pairs", "ranked_pairs", lambda real, scores: real(scores[: len(scores) // 2 * 2])),
@@ -1903,6 +1986,10 @@ BREAKS = {
     "all prompts have one noise": ("rotary", "sampling_noise", lambda real, seed, step, _, *more: real(
         seed, step, 0, *more)),
     "no quotes": ("text", "quoted", lambda real, text: text),
+    "a line of white space is quoted": ("text", "quoted", lambda real, text: "\n".join(
+        "> " + line for line in text.splitlines() if line) or "> "),
+    "only a line feed ends a line": (
+        "text", "quoted", lambda real, text: real(text.replace("\u2028", " "))),
     "the prompt is no transcript": ("text", "transcript", lambda real, prompt: prompt),
     "A and B change places": ("text", "judge_question", lambda real, x, a, b: real(x, b, a)),
     "verdicts change places": ("text", "verdict_format", lambda real, one: ("", *real(one)[:0:-1])),
@@ -1924,6 +2011,8 @@ BREAKS = {
         "steps_rotary", "spce_loss", lambda real, one, two, p: real(one, two / 0.5, p)),
     "a strength is at least 1/2": ("steps_rotary", "judge_pairs", lambda real, *args: [
         max(p, 1 - p) for p in real(*args)]),
+    "equal texts of different ids are no pair": ("steps_rotary", "judge_pairs", lambda real, *args: [
+        p if p != 0.5 else None for p in real(*args)]),
     "the baseline is not ranked": ("steps_rotary", "ranking_scores", lambda real, *args: [
         [0.5, *scores[1:]] for scores in real(*args)]),
     "the schedule moves without pairs": (
