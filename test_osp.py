@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import gc
 import io
 import itertools
 import json
@@ -22,7 +23,6 @@ import sys
 import time
 import timeit
 import types
-import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -34,7 +34,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -110,7 +109,6 @@ windowed = functools.partial(  # every layer sees 24 tokens back
     tiny, transformers.MistralConfig, num_key_value_heads=2, sliding_window=24)
 hybrid = functools.partial(  # the state of its convolutions cannot be shared
     tiny, transformers.Lfm2Config, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-BOTH_KINDS = mark.parametrize("kind", [rotary, absolute])
 
 
 @functools.cache
@@ -159,11 +157,6 @@ def loaded(folder, *model_and_tokenizer):
     return osp.load_model(saved(folder, *model_and_tokenizer), arguments("--gradient_checkpointing"))[0]
 
 
-def candidates_of(*texts):
-    """Candidates with these texts."""
-    return [Candidate([], text) for text in texts]
-
-
 def write_lines(path, rows):
     path.write_text("\n".join(map(json.dumps, rows)))
     return str(path)
@@ -201,9 +194,7 @@ def doubles(*values):
 
 @mark.parametrize("numbers", [  # p, beta, logps of the policy, those of the reference, the loss
     "0.9  0.1  -10 -12        -11 -11      0.6181388694",
-    "0.7  0.1  -12 -10        -11 -11      0.7381388694",
     "0.8  0.1  -35.25 -41.5   -36 -40.125  0.6350311234",
-    "0.75 1.0  -100 -20       -30 -25      56.25",
     "0.5  0.1  -3 -4          -3 -4        0.6931471806",  # log 2, where there is no margin
     "1.0  1.0   0 -2           0 0         0.1269280110",  # DPO at h = 2
     "0.25 1.0  5000 0          0 0         3750",  # neither inf nor nan
@@ -214,36 +205,14 @@ def test_loss_by_hand(numbers):
     assert loss.item() == approx(expected.item(), abs=1e-9)
 
 
-def gradients_of(loss, *rewards):
-    """Gradients with respect to both rewards, which must be those of finite differences."""
-    for reward in rewards:
-        reward.requires_grad_()
-    assert torch.autograd.gradcheck(loss, rewards)
-    return torch.autograd.grad(loss(*rewards).sum(), rewards)
-
-
 def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
     h, p = doubles(-3.0, -0.2, 0.0, 40.0, math.log(0.3 / 0.7)), doubles(0.2, 1.0, 0.5, 0.1, 0.3)
-    one, two = gradients_of(functools.partial(osp.spce_loss, strength=p), h, torch.zeros_like(h))
+    rewards = h.requires_grad_(), torch.zeros_like(h).requires_grad_()
+    assert torch.autograd.gradcheck(osp.spce_loss, (*rewards, p))  # finite differences
+    one, two = torch.autograd.grad(osp.spce_loss(*rewards, p).sum(), rewards)
     assert torch.allclose(one, torch.sigmoid(h) - p)
     assert torch.equal(two, -one)
     assert abs(one[-1]) < 1e-12
-
-
-@mark.parametrize("numbers", [  # rewards, label, clip, the margin, which rewards have a gradient
-    " 0.1  0.0  1  0.2   0.1  1 1",  # nothing is clipped: DPO
-    " 0.5  0.0  1  0.2   0.2  0 1",  # the winner is
-    " 0.1 -0.5  1  0.2   0.3  1 0",  # the loser is
-    "-0.5  0.5  1  0.2  -1.0  1 1",  # neither is clipped on its other side
-    "-0.5  0.5  0  0.2   0.4  0 0",  # the second one wins; both are clipped
-    " 0.5 -0.5  1  inf   1.0  1 1",
-])
-def test_dual_clip_by_hand(numbers):
-    one, two, label, clip, margin, *moved = doubles(*numbers.split())
-    loss = functools.partial(osp.dual_clip_loss, strength=label, clip=clip.item())
-    assert loss(one, two).item() == approx(math.log(1 + math.exp(-margin)), abs=1e-12)
-    gradients = gradients_of(loss, one, two)
-    assert [gradient != 0 for gradient in gradients] == moved
 
 
 # Pairs --------------------------------------------------------------------------------------------
@@ -256,26 +225,7 @@ def test_pairs_best_with_worst_inwards(scores, expected):
     assert osp.ranked_pairs(scores) == expected
 
 
-def test_the_pairs_of_a_step_and_its_figures_by_hand():
-    """Four pairs, from the outermost: sure, identical and so not judged, sure, unsure."""
-    texts = "51 41 6 789 71 61 41 8".split()  # by falling score; a digit is a token, and 1 is EOS
-    found, models = [Candidate([*map(int, text)], text) for text in texts], builtin_models(0, 0, 0)
-    method = Method(sample=lambda *_: [found], score=lambda *_: [range(8, 0, -1)],
-                    strength=lambda *_: [0.9, 0.6, None])
-    candidates, [pairs] = osp.make_pairs(models, [row_of("", 0, [3])], method, 0, Arguments())
-    assert [(pair.better.text, pair.worse.text) for pair in pairs] == [*zip(texts[:4], texts[:3:-1])]
-    one, _, two, unsure = pairs
-    one.seen, two.seen = (0.5, 0.2, -0.1), (0.7, -0.4, 0.1)  # loss, rewards
-    expected = {
-        "response_tokens": 15 / 8, "cut_fraction": 3 / 8, "distinct_4grams": 0, "pairs": 2,
-        "dropped_identical_pairs": 1, "dropped_unsure_pairs": 1, "loss": 0.6, "strength_mean": 0.75,
-        "margin": -0.1, "kl": -0.5}  # beta is 0.1
-    figures = osp.step_figures(models, candidates, pairs, method, Arguments())
-    found = {name: figures[name] for name in expected}
-    assert found == approx(expected, abs=1e-6)  # float32
-
-
-# Log-probabilities --------------------------------------------------------------------------------
+# Log-probabilities and update ---------------------------------------------------------------------
 def naive_logps(model, prompt, response, temperature=1.0):
     """One unpadded sequence, one token at a time."""
     total, ids = 0.0, list(prompt)
@@ -291,26 +241,8 @@ def random_ids(n, longest):
     return [rng.integers(2, 40, rng.integers(1, longest)).tolist() for _ in range(n)]
 
 
-@BOTH_KINDS
-@mark.parametrize("micro_batch_size", [1, 3, 16])
-def test_logps_equal_an_unpadded_loop(kind, micro_batch_size):
-    prompts, responses = random_ids(7, 12), [*random_ids(7, 9), [3, 4, 1], [5], [6, 0, 8, 9, 10, 11]]
-    model, prompts = kind(), prompts + prompts[:1] * 3  # some are shared
-    with torch.no_grad():
-        slow = [naive_logps(model, *texts).item() for texts in zip(prompts, responses)]
-        fast = osp.response_logps(model, prompts, responses, micro_batch_size)
-    assert fast.dtype == torch.float32
-    assert fast.tolist() == close(slow)
-
-
-# Update -------------------------------------------------------------------------------------------
 def weights_of(model):
     return parameters_to_vector(model.parameters()).detach().clone()
-
-
-def assert_gradient(model, expected):
-    found = parameters_to_vector([weight.grad for weight in model.parameters()])
-    assert torch.allclose(found, expected, atol=CLOSE * expected.abs().max().item())
 
 
 def with_sgd(model):
@@ -342,7 +274,8 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
         micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
     figures = osp.update(models, pairs, Method(), 0, args)
     moved = weights_of(plain) - weights_of(models.policy)
-    assert_gradient(plain, moved)
+    expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
+    assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
     assert figures["grad_norm"] == approx(moved.norm().item(), rel=CLOSE)
     assert [pair.seen[0] for pair in pairs] == close(torch.stack(losses).tolist())
 
@@ -362,8 +295,6 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert sorted(one) == sorted(two) == list(range(10))
     assert one != two
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
-    asked = [Arguments(prompts_per_step=4, max_steps=most) for most in (-1, 0, 5)]
-    assert [osp.method_steps(range(10), args) for args in asked] == [9, 0, 5]
 
 
 def rates_of(name, warmup_steps, steps=20):
@@ -378,10 +309,9 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps():
+def test_a_warm_up_is_rounded_up_and_leaves_a_single_step_its_rate():
     assert rates_of("constant_with_warmup", 0.11)[:5] == approx([0, 1 / 3, 2 / 3, 1, 1])
-    assert rates_of("constant_with_warmup", 2.0)[:5] == approx([0, 1 / 2, 1, 1, 1])
-    assert rates_of("linear", 0.1, steps=1) == [1.0]  # a single step trains something
+    assert rates_of("linear", 0.1, steps=1) == [1.0]
 
 
 def test_a_planted_preference_improves(monkeypatch):
@@ -415,40 +345,20 @@ def asked_alone(judge, tokenizer, *texts):
         return judge(input_ids=torch.tensor(ids)).logits[0, -1, [a, b]].softmax(-1)[0].item()
 
 
-@EACH_TOKENIZER
-def test_strength_is_the_mean_of_both_orders(tokenizer):
-    verdicts = osp.verdict_format(tokenizer)[1:]
-    assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
-    models = Models(tokenizer, None, judge=rotary())
-    texts = [("hi", "the cat sat", "rain"), ("rain", "same", "same"), (RAIN, "x", "the mat . the cat")]
-    pairs = [pair_of(one, two, None, row_of(prompt)) for prompt, one, two in texts]
-    strengths = osp.judge_pairs(models, pairs, Arguments())
-    assert strengths[1] == 0.5  # exactly
-    for pair, strength, (prompt, *sides) in zip(pairs, strengths, texts):
-        p_12 = asked_alone(models.judge, tokenizer, prompt, *sides)
-        p_21 = asked_alone(models.judge, tokenizer, prompt, *sides[::-1])
-        assert [*pair.verdicts, strength] == close([p_12, p_21, (p_12 + 1 - p_21) / 2])
-
-
-def test_ranking_asks_about_each_response_with_the_first_one_as_a():
-    judge, texts = rotary(), ["x", "rain", "x", "the cat"]
-    models = Models(BYTES, None, judge=judge)
-    [scores] = osp.ranking_scores(models, [row_of()], [candidates_of(*texts)], Arguments())
-    assert scores == close([1 - asked_alone(judge, BYTES, "hi", "x", text) for text in texts])
-    assert scores[0] == scores[2]  # equal texts tie exactly
-
-
-SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 40]), max_size=3).map(" ".join)
+SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 12]), max_size=3).map(" ".join)
 QUESTION = st.tuples(st.just("hi") | st.just("the mat"), SAYINGS, SAYINGS)
 
 
-@mark.parametrize("kind", [rotary, absolute, windowed])
+@mark.parametrize("kind, tokenizer", [(rotary, PIECES), (absolute, TALK), (windowed, BYTES)])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
 @settings(max_examples=12, deadline=None)
-def test_questions_that_share_their_head_get_the_answers_they_get_alone(kind, questions, size):
-    judge = kind()
-    found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), size)
-    assert found == close([asked_alone(judge, BYTES, *question) for question in questions])
+def test_questions_that_share_their_head_get_the_answers_they_get_alone(
+        kind, tokenizer, questions, size):
+    verdicts = osp.verdict_format(tokenizer)[1:]
+    assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
+    judge = kind(len(tokenizer))
+    found = osp.verdict_probabilities(judge, tokenizer, *zip(*questions), size)
+    assert found == close([asked_alone(judge, tokenizer, *question) for question in questions])
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
@@ -484,15 +394,12 @@ def test_judge_figures_by_hand(monkeypatch):
 
 
 # Sampling -----------------------------------------------------------------------------------------
-def noise_of(index, ks, length, seed=0, step=0):
-    return torch.tensor(np.array([osp.sampling_noise(seed, step, index, k, length) for k in ks]))
-
-
 @mark.parametrize("kind, temperature", [(rotary, 2.0), (absolute, 1.0)])
 def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperature):
     model, n, prompt, chi2 = kind(8), 20_000, [3, 5, 2], 0.0
     model.generation_config.update(do_sample=True, top_k=2, top_p=0.5)  # which may not count
-    found = osp.sample(model, [prompt] * n, noise_of(0, range(n), 2), temperature, [1])
+    noise = torch.tensor(np.array([osp.sampling_noise(0, 0, 0, k, 2) for k in range(n)]))
+    found = osp.sample(model, [prompt] * n, noise, temperature, [1])
     outcomes = [(1,)] + [(one, two) for one in range(8) if one != 1 for two in range(8)]
     counts = Counter(map(tuple, found))
     assert counts.keys() <= set(outcomes)
@@ -500,43 +407,6 @@ def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperatur
         expected = n * naive_logps(model, prompt, outcome, temperature).exp().item()
         chi2 += (counts[outcome] - expected) ** 2 / expected
     assert chi2 < 56 + 4 * math.sqrt(2 * 56)  # 56 degrees of freedom, four standard deviations
-
-
-@BOTH_KINDS
-def test_a_response_goes_by_its_own_noise_and_not_by_its_batch(kind, monkeypatch):
-    """The noise goes by the seed, the step, the row and k, each of which changes it."""
-    monkeypatch.setattr(osp, "SAMPLING_BATCH_SIZE", 4)
-    model, args = kind(), arguments("--seed 7 --temperature 0.7 --max_new_tokens 9")
-    rows, ks = [row_of("rain", 3), row_of("the cat sat on", 5)], [1, 4, 5]
-    for row, found in zip(rows, osp.respond(model, BYTES, rows, ks, 2, args)):
-        prompts = osp.encode_prompts(BYTES, [row.prompt])
-        for k, one in zip(ks, found):
-            noise = noise_of(row.index, [k], 9, seed=7, step=2)
-            assert [one.ids] == osp.sample(model, prompts, noise, 0.7, [0, 1])
-    draws = {osp.sampling_noise(*key, 1)[0] for key in itertools.product([7, 8], repeat=4)}
-    assert len(draws) == 16
-
-
-# SFT ----------------------------------------------------------------------------------------------
-def test_sft_teaches_chosen_responses_and_right_verdicts_in_both_orders():
-    batch = [("hi", "rain", "the cat"), ("the mat", "gentle", "sat"), ("x", "y", "z"), ("p", "q", "r")]
-    prompts, chosen, rejected = map(list, zip(*batch))
-    tasks = osp.supervised_tasks(Models(BYTES, rotary()), batch, arguments())
-    some = prompts[:2]  # a third, rounded up
-    responses = osp.encode_responses(BYTES, some, chosen[:2], 16)
-    assert tasks["respond"] == (osp.encode_prompts(BYTES, some), responses)
-    questions, verdicts = tasks["judge"]
-    both = osp.encode_questions(BYTES, prompts * 2, chosen + rejected, rejected + chosen)
-    assert (questions, BYTES.batch_decode(verdicts)) == (both, [" A"] * 4 + [" B"] * 4)
-
-
-def test_sft_loss_is_the_mean_over_all_target_tokens():
-    prompts, targets, plain, model = random_ids(5, 12), random_ids(5, 9), rotary(), rotary()
-    loss = -sum(naive_logps(plain, *texts) for texts in zip(prompts, targets)) / sum(map(len, targets))
-    loss.backward()
-    found = osp.supervised_loss(model, prompts, targets, Arguments(micro_batch_size=2))
-    assert found == close(loss.item())
-    assert_gradient(model, parameters_to_vector([weight.grad for weight in plain.parameters()]))
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -626,7 +496,6 @@ def test_every_format_of_data(tmp_path, name, suffix):
 
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
-    (texts("The sky is"), "without text"),
     ({"prompt": None} | texts(), "without text"),
     ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
@@ -640,22 +509,23 @@ def test_a_row_is_dropped_for_a_reason(raw, why):
     assert why in osp.parse_row(raw)
 
 
-@mark.parametrize("content, expected", [
-    ('{"text": "a"}', "fit no known format"),
-    ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
-    ('{"prompt": ""}', "no train row is left; 1 dropped: a prompt, response or turn without text")])
-def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-    with stopped("No such file"):
-        load_preferences(str(tmp_path / "data.jsonl"))
-    (tmp_path / "data.jsonl").write_text(content)
-    with stopped(expected):
-        load_preferences(str(tmp_path / "data.jsonl"))
-
-
 def data_of(path, more="", *others):
     """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
     return osp.load_data([(rotary(), BYTES), *others], args)
+
+
+@mark.parametrize("content, expected", [
+    ('{"text": "a"}', "fit no known format"),
+    ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
+    ('{"prompt": ""}', "no training row is left; 1 dropped: a prompt, response or turn without text"),
+    ('{"prompt": "p"}', "the prompts of all are held out")])
+def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
+    with stopped("No such file"):
+        data_of(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text(content)
+    with stopped(expected):
+        data_of(tmp_path / "data.jsonl")
 
 
 def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
@@ -691,15 +561,6 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "x"}
     shown = capsys.readouterr().out
     assert "1 dropped: the chat template refuses it" in shown and "1 dropped: too long" in shown
-
-
-def test_a_run_says_what_it_reads_and_on_one_row_ends_in_one_sentence(tmp_path, capsys):
-    path = tmp_path / "data.parquet"
-    pd.DataFrame([texts(HEAD) | {"extra": "q"}]).to_parquet(path)  # pandas writes large_string
-    with stopped("the prompts of all are held out"):
-        data_of(path)
-    said = capsys.readouterr().out
-    assert said.startswith("training rows: 1 of the columns chosen, rejected\n")
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
@@ -751,8 +612,6 @@ def test_built_in_task():
 @mark.parametrize("words, expected", [
     ("--num_generations 1", "--num_generations is 1: it must be at least 2"),
     ("--learning_rate nan", "--learning_rate is nan"),
-    ("--num_generations 2.5", "num_generations.*2.5"),
-    ("--learning_rte 1", "unrecognized arguments: --learning_rte 1"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
@@ -843,11 +702,6 @@ def test_what_stands_before_an_answer_is_read_off_the_template(content, opening,
     assert osp.framed(tokenizer, "hi") + "|" + tokenizer.decode(ids[:-1]) == expected
 
 
-def test_the_built_in_task_has_defaults_of_its_own():
-    rates = [arguments(words).learning_rate for words in ("", "--model_name_or_path m")]
-    assert rates == [0.001, 1e-6]
-
-
 def test_chat_template_kwargs_reach_the_template(tmp_path):
     folder = saved(tmp_path, rotary(), byte_level_tokenizer("{{ enable_thinking }}" + CHAT))
     _, tokenizer = osp.load_model(folder, arguments('--chat_template_kwargs {"enable_thinking":false}'))
@@ -931,19 +785,18 @@ def test_max_steps_0_only_evaluates(tmp_path):
     assert torch.equal(found.weights, weights_in(tmp_path / "sft"))
 
 
-@mark.parametrize("name, value, warnings", [
-    ("judge_accuracy", 0.56, 0),  # two standard errors at 400 pairs are 0.05
-    ("judge_accuracy", 0.54, 1), ("order_agreement", 0.6, 1), ("cut_fraction", 0.6, 1),
-    ("judge_overconfidence", 0.16, 1), ("strength_spread", 0.01, 1), ("longer_preferred", 0.8, 0),
-    ("response_tokens", 30, 0), ("distinct_4grams", 0.3, 1)])
-def test_figures_that_mean_nothing_are_warned_of(name, value, warnings):
+@mark.parametrize("name, value", [
+    ("judge_accuracy", 0.54),  # two standard errors at 400 pairs are 0.05
+    ("judge_overconfidence", 0.16), ("order_agreement", 0.6), ("strength_spread", 0.01),
+    ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
+def test_figures_that_mean_nothing_are_warned_of(name, value):
     good = {
         "held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "judge_pairs": 400,
-        "judge_accuracy": 0.8, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
-        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10}
-    assert osp.report_table(good | {name: value}, "OSP").count("Warning") == warnings
-    longer = {"response_tokens": 20, "longer_preferred": 0.9, name: value}
-    assert osp.report_table(good | longer, "OSP").count("the longer ones") == (value != 0.8 or 1)
+        "judge_accuracy": 0.56, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
+        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10,
+        "longer_preferred": 0.8}
+    tables = [osp.report_table(figures, "OSP") for figures in (good, good | {name: value})]
+    assert [table.count("Warning") for table in tables] == [0, 1]
 
 
 @mark.parametrize("more, self_judged", [
@@ -958,20 +811,20 @@ def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
 
 
+def living_models():
+    """How many models are in memory."""
+    gc.collect()
+    return sum(type(one) is transformers.LlamaForCausalLM for one in gc.get_objects())
+
+
 def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp_path, monkeypatch):
     """While a step is logged the policy and the frozen start are alive, and no third model."""
-    models, alive, load_model, step_figures = weakref.WeakSet(), [], osp.load_model, osp.step_figures
-
-    def load(*args):
-        model, tokenizer = load_model(*args)
-        models.add(model)
-        return model, tokenizer
+    alive, before, step_figures = [], living_models(), osp.step_figures
 
     def figures(*args):
-        alive.append(len(models))
+        alive.append(living_models() - before)
         return step_figures(*args)
 
-    monkeypatch.setattr(osp, "load_model", load)
     monkeypatch.setattr(osp, "step_figures", figures)
     found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
     assert found.weights.dtype == torch.float32
@@ -1076,7 +929,8 @@ def locked(folder):
 @mark.parametrize("change, more, sentence", [
     (lambda folder: None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
     (locked, "", "Another process is at work in"),
-    (lambda folder: os.truncate(folder / "metrics.pt", 999), "", "Cannot read the checkpoint .*metrics.pt .*: remove it"),
+    (lambda folder: os.truncate(folder / "metrics.pt", 999), "",
+     "Cannot read the checkpoint .*metrics.pt .*: remove it"),
     (lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run"),
 ])
 def test_what_cannot_go_on_ends_in_one_sentence_and_changes_nothing(
@@ -1191,21 +1045,13 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
     assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
 
 
-def test_corrections_keep_sure_verdicts_and_let_a_human_overrule_the_judge(monkeypatch):
-    chosen, rejected = osp.HUMAN
-    cases = [  # who wrote the two, the judge's strength, the label
-        ("policy", "start", 0.7, 1.0), ("policy", "start", 0.3, 0.0), (chosen, rejected, 0.3, 1.0),
-        (rejected, chosen, 0.3, 0.0), (chosen, "start", 0.3, 0.0), ("policy", "start", 0.55, None)]
-    pairs = []
-    for one, two, p, label in cases:
-        sides = Candidate([], "", one), Candidate([], "", two)
-        pairs.append(pair_of(*sides, label, verdicts=(p, 1 - p)))
-    *_, strengths, labels = map(list, zip(*cases))
-    monkeypatch.setattr(osp, "judge_pairs", lambda *_: strengths)
-    assert osp.corrected_labels(None, pairs, Arguments(label_margin=0.1)) == labels
-    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1], [-0.3, 0.1, 0.3, 0.1, 0.1]])
-    assert osp.tso_figures(pairs[:-1], *rewards, clip=0.2) == approx({
-        "overruled_verdicts": 1, "winners_clipped": 1 / 5, "losers_clipped": 1 / 5})
+def test_figures_of_tso_by_hand():
+    """Labels and verdicts of six pairs; a human overruled the last one's."""
+    labels, judged = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0], [0.7, 0.3, 0.6, 0.2, 0.7, 0.3]
+    pairs = [pair_of("", "", label, verdicts=(p, 1 - p)) for label, p in zip(labels, judged)]
+    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1, 0.0], [-0.1, 0.3, 0.3, 0.1, -0.3, 0.0]])
+    assert osp.tso_figures(pairs, *rewards, clip=0.2) == approx({
+        "overruled_verdicts": 1, "winners_clipped": 2 / 6, "losers_clipped": 1 / 6})
 
 
 # Data collection ----------------------------------------------------------------------------------
@@ -1683,7 +1529,7 @@ def vector_models(kind):
         weight.requires_grad = "c_attn.bias" not in name
         weight.data = torch.tensor(values.tolist()) * weight.requires_grad
     start, reference = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
-    return osp.Models(vector_tokenizer(), model, start, reference, judge=start)
+    return Models(vector_tokenizer(), model, start, reference, judge=start)
 
 
 def parameters_of(model, part, name):
@@ -1716,9 +1562,9 @@ def pair_vectors():
 
 def optimizer_vectors():
     """Gradients whose norms are below, above and at the clip; and schedules."""
-    given, args = GIVEN["adamw"], osp.Arguments(lr_scheduler_type="constant")
+    given, args = GIVEN["adamw"], Arguments(lr_scheduler_type="constant")
     weight, norms, parameters = torch.nn.Parameter(torch.tensor(given["start"])), [], []
-    models = osp.Models(None, torch.nn.ParameterList([weight]))
+    models = Models(None, torch.nn.ParameterList([weight]))
     osp.start_training(models, given["learning_rate"], 3, args)
     for gradient in given["gradients"]:
         weight.grad = torch.tensor(gradient)
@@ -1755,12 +1601,13 @@ def text_vectors():
 
 def model_vectors(kind):
     """What a model says of given tokens, judges and samples."""
-    models, args, given = vector_models(kind), osp.Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
+    models, args, given = vector_models(kind), Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
     prompts, responses = given.values()
     ids, mask = osp.padded(prompts, responses, "cpu")
     texts = [GIVEN["text"][name] for name in ("prompts", "a", "b")]
     rows, step = [row_of("rain is", 3), row_of("tea", 8)], 6
-    samples, inside = osp.sample_policy(models, rows, step, args), {}
+    with mock.patch.object(osp, "SAMPLING_BATCH_SIZE", 3):
+        samples, inside = osp.sample_policy(models, rows, step, args), {}
     for name, module in models.reference.named_modules():
         if ".0" in name and not name.endswith("attn"):  # which gives more than a tensor
             note = lambda *args, name=name: inside.update({f"inside.{name}": args[2][0]})
@@ -1778,7 +1625,7 @@ def model_vectors(kind):
 
 def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
-    models, args, found = vector_models("rotary"), osp.Arguments(**GIVEN["arguments"]), {}
+    models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
     for task, texts in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
         loss = osp.supervised_loss(models.policy, *texts, args)
         found |= {f"{task}.prompt_ids": texts[0], f"{task}.target_ids": texts[1], f"{task}.loss": loss}
@@ -1791,27 +1638,24 @@ def given_samples(tokenizer, samples, K):
     for i, (prompt, *ids) in enumerate(samples):
         rows.append(row_of(tokenizer.decode(prompt), i, prompt))
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        candidates.append(list(map(osp.Candidate, ids[:K], texts, range(K))))
+        candidates.append(list(map(Candidate, ids[:K], texts, range(K))))
     return rows, candidates
 
 
 def step_vectors(kind, method, own):
     """Steps of a method with given responses: its stages, but for `sample`, and what they leave."""
     found = GIVEN["arguments"] | own
-    args, models, pairs = osp.Arguments(**found), vector_models(kind), []
+    args, models = Arguments(**found), vector_models(kind)
     osp.start_training(models, args.learning_rate, 4, args)
     models.optimizer.zero_grad = mock.Mock()  # gradients stay to be read
 
-    def update(models, kept, *rest):
-        pairs.extend(kept)
-        return osp.update(models, kept, *rest)
-
     for step, samples in enumerate(GIVEN["samples"]):
         models.policy.zero_grad()
-        pairs.clear()
         rows, candidates = given_samples(models.tokenizer, samples, args.num_generations)
+        update = mock.Mock(wraps=osp.update)
         stages = dataclasses.replace(method(args), sample=lambda *_: candidates, update=update)
         metrics = osp.train_step(models, rows, stages, step, args)
+        pairs = sum([call.args[1] for call in update.call_args_list], [])
         items = {
             "prompt_ids": [row.ids for row in rows],
             "responses": [[one.ids for one in row] for row in candidates],
@@ -1829,8 +1673,8 @@ def step_vectors(kind, method, own):
 
 
 def spce_method(args):
-    """osp.Method, whose defaults do not follow a break."""
-    return osp.Method(score=osp.ranking_scores, strength=osp.judge_pairs, loss=osp.spce_loss)
+    """Method, whose defaults do not follow a break."""
+    return Method(score=osp.ranking_scores, strength=osp.judge_pairs, loss=osp.spce_loss)
 
 
 VECTORS = {  # file -> what makes its items
@@ -1897,13 +1741,13 @@ GOLDEN = json.loads("""{"loss": -6.28508833718, "pairs": -0.0601044901614, "opti
 "steps_absolute": -37.919424755, "steps_tso": 22.3162762139}""")
 
 
-@pytest.mark.parametrize("file", VECTORS)
+@mark.parametrize("file", VECTORS)
 def test_vectors_are_those_of_yesterday_and_float32_is_within_their_tolerances(file):
     """Each number has its own weight in a sum; arcsinh keeps the large from hiding the small."""
     right = right_vectors(file)
     values, _ = numbers(list(right.values()))
     total = np.arcsinh(values) @ np.cos(np.arange(len(values)))
-    assert total == pytest.approx(GOLDEN[file], rel=1e-8, abs=1e-8)
+    assert total == approx(GOLDEN[file], rel=1e-8, abs=1e-8)
     found = gaps(vectors(file), right)
     assert max(found.values()) < 1, max(found, key=found.get)
     for scores in itertools.chain(*(right[name] for name in right if name.endswith("scores"))):
@@ -2032,7 +1876,7 @@ BREAKS = {
         models, pairs, dataclasses.replace(args, label_margin=0.0)))}
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@mark.parametrize("name", BREAKS)
 def test_vectors_notice_a_wrong_port(name, monkeypatch):
     file, where, wrong = BREAKS[name]
     right = right_vectors(file)  # made before the break
@@ -2066,7 +1910,7 @@ def data_responses(models, rows, step, args):
         found = []
         for text in sum(row.responses[: args.num_generations // 2], []):
             [ids] = osp.encode_responses(models.tokenizer, [row.prompt], [text], args.max_new_tokens)
-            found.append(osp.Candidate(ids, text, "data"))
+            found.append(Candidate(ids, text, "data"))
         candidates.append(found)
     return candidates
 
@@ -2118,7 +1962,8 @@ def changed(method, **stages):
 
 def tso_matrix(roles, with_human):
     """TSO with another model matrix."""
-    return lambda args: dataclasses.replace(osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
+    return lambda args: dataclasses.replace(
+        osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
 
 
 def collecting(args):
@@ -2133,7 +1978,7 @@ OFFLINE = changed(OSP, sample=data_responses, score=equal_scores, pair=adjacent_
 ABLATIONS = {
     "spce": OSP,
     "dpo": changed(OSP, loss=dpo_loss),
-    "ipo": lambda args: osp.Method(loss=functools.partial(ipo_loss, beta=args.beta)),
+    "ipo": lambda args: Method(loss=functools.partial(ipo_loss, beta=args.beta)),
     "sampled_once": changed(OSP, sample=sample_once),
     "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, args: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
@@ -2146,7 +1991,7 @@ ABLATIONS = {
     "tso_no_human": tso_matrix(["policy", "reference", "start"], with_human=False),
     "tso_no_corrections": changed(osp.tso, strength=labels_by_source),
     "tso_no_clip": lambda args: osp.tso(dataclasses.replace(args, dual_clip=math.inf)),
-    "tso_fixed": changed(osp.tso, after_step=osp.Method().after_step, moves_reference=False)}
+    "tso_fixed": changed(osp.tso, after_step=Method().after_step, moves_reference=False)}
 NOISE = {}
 for percent, kind in itertools.product(("00", "20", "40"), ("noisy", "drawn")):
     labels = functools.partial(noisy_labels, noise=int(percent) / 100, drawn=kind == "drawn")
@@ -2172,7 +2017,7 @@ def test_losses_and_pairs_for_comparison_by_hand():
     rewards, p = (torch.tensor([0.1] * 3), torch.tensor([-0.1] * 3)), torch.tensor([0.9, 0.2, 0.5])
     assert torch.equal(dpo_loss(*rewards, p), osp.spce_loss(*rewards, torch.tensor([1.0, 0.0, 0.5])))
     expected = [(2 - 5) ** 2, (-2 - 5) ** 2, 25]  # 1 / (2 * 0.1) is 5
-    assert ipo_loss(*rewards, p, beta=0.1).tolist() == pytest.approx(expected, rel=1e-5)
+    assert ipo_loss(*rewards, p, beta=0.1).tolist() == approx(expected, rel=1e-5)
     scores = [0.5, 0.9, 0.1, 0.7, 0.6]
     assert VARIANTS["best_worst"](None).pair(scores) == [(1, 2)]
     assert adjacent_pairs(scores) == [(1, 3), (4, 0)]  # the worst is left out
@@ -2180,11 +2025,11 @@ def test_losses_and_pairs_for_comparison_by_hand():
 
 def test_noisy_and_drawn_labels(monkeypatch):
     monkeypatch.setattr(osp, "judge_pairs", lambda models, pairs, args: [0.9] * len(pairs))
-    pairs = [pair_of(osp.Candidate([i], ""), "") for i in range(5000)]
-    noisy, drawn = [noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True)]
-    assert noisy[0] == pytest.approx(0.75 * 0.9 + 0.25 * 0.1)
+    pairs = [pair_of(Candidate([i], ""), "") for i in range(5000)]
+    noisy, drawn = [noisy_labels(None, pairs, Arguments(), 0.25, drawn) for drawn in (False, True)]
+    assert noisy[0] == approx(0.75 * 0.9 + 0.25 * 0.1)
     assert set(drawn) == {0.0, 1.0}
-    assert np.mean(drawn) == pytest.approx(0.7, abs=0.02)
+    assert np.mean(drawn) == approx(0.7, abs=0.02)
 
 
 def test_which_candidates_are_the_same_in_every_step():
@@ -2197,15 +2042,7 @@ def test_which_candidates_are_the_same_in_every_step():
         assert [[pair.better.text, pair.worse.text] for pair in found] == row.responses[:3]
 
 
-def test_labels_of_tso_without_corrections(monkeypatch):
-    monkeypatch.setattr(osp, "judge_pairs", lambda *_: None)
-    writers = "start", "policy", *osp.HUMAN
-    start, policy, chosen, rejected = [osp.Candidate([], "", writer) for writer in writers]
-    pairs = [(start, policy), (policy, start), (policy, rejected), (rejected, chosen), (start, start)]
-    assert labels_by_source(None, [pair_of(*pair) for pair in pairs], None) == [0, 1, 0, 0, None]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@mark.parametrize("name", VARIANTS)
 def test_every_variant_makes_a_step(name):
     models, rows, args = variant_world()
     metrics = osp.train_step(models, rows, VARIANTS[name](args), 0, args)
@@ -2242,14 +2079,14 @@ def bench_step(K, bf16):
     policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
                   num_hidden_layers=4, num_attention_heads=4)
     start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
-    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
+    models = Models(tokenizer, policy, start, reference=start, judge=start)
     osp.start_training(models, 1e-4, 100, args)
     texts = np.random.default_rng(0).choice(BENCH_WORDS, (8, 32))
     rows = osp.distinct_prompts(tokenizer, [(" ".join(text),) for text in texts], 8)
     with FlopCounterMode(display=False) as counter:
-        osp.train_step(models, rows, osp.Method(), 0, args)
+        osp.train_step(models, rows, Method(), 0, args)
     seconds, names = [], ("sample", "score", "strength", "reference", "update")
-    method = osp.Method(**{name: timed(getattr(osp.Method(), name), seconds) for name in names})
+    method = Method(**{name: timed(getattr(Method(), name), seconds) for name in names})
     for step in (1, 2):
         osp.train_step(models, rows, method, step, args)
     return np.minimum(seconds[:5], seconds[5:]), counter.get_total_flops()
