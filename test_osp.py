@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import fcntl
 import functools
+import gc
 import io
 import itertools
 import json
@@ -22,7 +23,6 @@ import sys
 import time
 import timeit
 import types
-import weakref
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, redirect_stdout
@@ -34,7 +34,6 @@ import datasets
 import numpy as np
 import pandas as pd
 import pytest
-import safetensors.torch
 import tokenizers
 import torch
 import transformers
@@ -110,7 +109,6 @@ windowed = functools.partial(  # every layer sees 24 tokens back
     tiny, transformers.MistralConfig, num_key_value_heads=2, sliding_window=24)
 hybrid = functools.partial(  # the state of its convolutions cannot be shared
     tiny, transformers.Lfm2Config, num_key_value_heads=2, layer_types=["conv", "full_attention"])
-BOTH_KINDS = mark.parametrize("kind", [rotary, absolute])
 
 
 @functools.cache
@@ -134,11 +132,13 @@ def builtin_models(*seeds):
     return Models(osp.builtin_model(0)[1], *made, judge=made[1])
 
 
-def load_preferences(name_or_path, split="train"):
-    """The usable rows of a data set."""
-    raws = osp.take_split(osp.read_dataset(name_or_path), split)
-    rows = osp.usable_rows(raws, lambda *_: None, -1, split)
-    return [dict(zip(("prompt", "chosen", "rejected"), row)) for row in rows]
+def usable_rows(name_or_path, split="train"):
+    """The (prompt, chosen, rejected)s or (prompt,)s of a data set."""
+    rows = map(osp.parse_row, osp.read_dataset(name_or_path)[split])
+    return [row for row in rows if isinstance(row, tuple)]
+
+
+builtin_pairs = functools.partial(usable_rows, None)
 
 
 def chat(*texts):
@@ -157,11 +157,6 @@ def saved(folder, model, tokenizer=BYTES):
 def loaded(folder, *model_and_tokenizer):
     """A model that has been saved, as a run loads it."""
     return osp.load_model(saved(folder, *model_and_tokenizer), arguments("--gradient_checkpointing"))[0]
-
-
-def candidates_of(*texts):
-    """Candidates with these texts."""
-    return [Candidate([], text) for text in texts]
 
 
 def write_lines(path, rows):
@@ -201,81 +196,35 @@ def doubles(*values):
 
 @mark.parametrize("numbers", [  # p, beta, logps of the policy, those of the reference, the loss
     "0.9  0.1  -10 -12        -11 -11      0.6181388694",
-    "0.7  0.1  -12 -10        -11 -11      0.7381388694",
     "0.8  0.1  -35.25 -41.5   -36 -40.125  0.6350311234",
-    "0.75 1.0  -100 -20       -30 -25      56.25",
     "0.5  0.1  -3 -4          -3 -4        0.6931471806",  # log 2, where there is no margin
-    "1.0  1.0   0 -2           0 0         0.1269280110",  # DPO at h = 2
-    "0.25 1.0  5000 0          0 0         3750",  # neither inf nor nan
-])
+    "1.0  1.0   0 -2           0 0         0.1269280110"])  # DPO at h = 2
 def test_loss_by_hand(numbers):
     p, beta, one, two, ref_one, ref_two, expected = doubles(*numbers.split())
     loss = osp.spce_loss(beta * (one - ref_one), beta * (two - ref_two), p)
     assert loss.item() == approx(expected.item(), abs=1e-9)
 
 
-def gradients_of(loss, *rewards):
-    """Gradients with respect to both rewards, which must be those of finite differences."""
-    for reward in rewards:
-        reward.requires_grad_()
-    assert torch.autograd.gradcheck(loss, rewards)
-    return torch.autograd.grad(loss(*rewards).sum(), rewards)
-
-
 def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
     h, p = doubles(-3.0, -0.2, 0.0, 40.0, math.log(0.3 / 0.7)), doubles(0.2, 1.0, 0.5, 0.1, 0.3)
-    one, two = gradients_of(functools.partial(osp.spce_loss, strength=p), h, torch.zeros_like(h))
+    rewards = h.requires_grad_(), torch.zeros_like(h).requires_grad_()
+    assert torch.autograd.gradcheck(osp.spce_loss, (*rewards, p))  # finite differences
+    one, two = torch.autograd.grad(osp.spce_loss(*rewards, p).sum(), rewards)
     assert torch.allclose(one, torch.sigmoid(h) - p)
     assert torch.equal(two, -one)
     assert abs(one[-1]) < 1e-12
-
-
-@mark.parametrize("numbers", [  # rewards, label, clip, the margin, which rewards have a gradient
-    " 0.1  0.0  1  0.2   0.1  1 1",  # nothing is clipped: DPO
-    " 0.5  0.0  1  0.2   0.2  0 1",  # the winner is
-    " 0.1 -0.5  1  0.2   0.3  1 0",  # the loser is
-    "-0.5  0.5  1  0.2  -1.0  1 1",  # neither is clipped on its other side
-    "-0.5  0.5  0  0.2   0.4  0 0",  # the second one wins; both are clipped
-    " 0.5 -0.5  1  inf   1.0  1 1",
-])
-def test_dual_clip_by_hand(numbers):
-    one, two, label, clip, margin, *moved = doubles(*numbers.split())
-    loss = functools.partial(osp.dual_clip_loss, strength=label, clip=clip.item())
-    assert loss(one, two).item() == approx(math.log(1 + math.exp(-margin)), abs=1e-12)
-    gradients = gradients_of(loss, one, two)
-    assert [gradient != 0 for gradient in gradients] == moved
 
 
 # Pairs --------------------------------------------------------------------------------------------
 @mark.parametrize("scores, expected", [
     ([0.5, 0.9, 0.1, 0.7], [(1, 2), (3, 0)]),
     (torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5]), [(4, 0), (3, 1)]),  # the middle is left out
-    ([0.5, 0.5, 0.5, 0.5], [(0, 3), (1, 2)]),  # ties keep their order
-])
+    ([0.5, 0.5, 0.5, 0.5], [(0, 3), (1, 2)])])  # ties keep their order
 def test_pairs_best_with_worst_inwards(scores, expected):
     assert osp.ranked_pairs(scores) == expected
 
 
-def test_the_pairs_of_a_step_and_its_figures_by_hand():
-    """Four pairs, from the outermost: sure, identical and so not judged, sure, unsure."""
-    texts = "51 41 6 789 71 61 41 8".split()  # by falling score; a digit is a token, and 1 is EOS
-    found, models = [Candidate([*map(int, text)], text) for text in texts], builtin_models(0, 0, 0)
-    method = Method(sample=lambda *_: [found], score=lambda *_: [range(8, 0, -1)],
-                    strength=lambda *_: [0.9, 0.6, None])
-    candidates, [pairs] = osp.make_pairs(models, [row_of("", 0, [3])], method, 0, Arguments())
-    assert [(pair.better.text, pair.worse.text) for pair in pairs] == [*zip(texts[:4], texts[:3:-1])]
-    one, _, two, unsure = pairs
-    one.seen, two.seen = (0.5, 0.2, -0.1), (0.7, -0.4, 0.1)  # loss, rewards
-    expected = {
-        "response_tokens": 15 / 8, "cut_fraction": 3 / 8, "distinct_4grams": 0, "pairs": 2,
-        "dropped_identical_pairs": 1, "dropped_unsure_pairs": 1, "loss": 0.6, "strength_mean": 0.75,
-        "margin": -0.1, "kl": -0.5}  # beta is 0.1
-    figures = osp.step_figures(models, candidates, pairs, method, Arguments())
-    found = {name: figures[name] for name in expected}
-    assert found == approx(expected, abs=1e-6)  # float32
-
-
-# Log-probabilities --------------------------------------------------------------------------------
+# Log-probabilities and update ---------------------------------------------------------------------
 def naive_logps(model, prompt, response, temperature=1.0):
     """One unpadded sequence, one token at a time."""
     total, ids = 0.0, list(prompt)
@@ -291,26 +240,8 @@ def random_ids(n, longest):
     return [rng.integers(2, 40, rng.integers(1, longest)).tolist() for _ in range(n)]
 
 
-@BOTH_KINDS
-@mark.parametrize("micro_batch_size", [1, 3, 16])
-def test_logps_equal_an_unpadded_loop(kind, micro_batch_size):
-    prompts, responses = random_ids(7, 12), [*random_ids(7, 9), [3, 4, 1], [5], [6, 0, 8, 9, 10, 11]]
-    model, prompts = kind(), prompts + prompts[:1] * 3  # some are shared
-    with torch.no_grad():
-        slow = [naive_logps(model, *texts).item() for texts in zip(prompts, responses)]
-        fast = osp.response_logps(model, prompts, responses, micro_batch_size)
-    assert fast.dtype == torch.float32
-    assert fast.tolist() == close(slow)
-
-
-# Update -------------------------------------------------------------------------------------------
 def weights_of(model):
     return parameters_to_vector(model.parameters()).detach().clone()
-
-
-def assert_gradient(model, expected):
-    found = parameters_to_vector([weight.grad for weight in model.parameters()])
-    assert torch.allclose(found, expected, atol=CLOSE * expected.abs().max().item())
 
 
 def with_sgd(model):
@@ -323,10 +254,9 @@ def with_sgd(model):
 @mark.parametrize("size, checkpointing", [(1, False), (4, False), (16, False), (6, True)])
 def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointing):
     """Five pairs, so that the last micro-batch is smaller. Some have the same prompt."""
-    plain, models, pairs, losses = rotary(), with_sgd(rotary()), [], []
+    dropout = 0.5 * (not checkpointing)  # which may not act
+    plain, models, pairs, losses = rotary(), with_sgd(rotary(attention_dropout=dropout)), [], []
     models.policy.train()
-    for layer in models.policy.model.layers:  # no dropout acts without checkpointing
-        layer.self_attn.attention_dropout = 0.5 * (not checkpointing)
     prompts, responses = random_ids(3, 12), random_ids(10, 9)
     for i, strength in enumerate([0.9, 0.5, 0.2, 0.7, 0.6]):
         sides = [Candidate(ids, "") for ids in responses[2 * i : 2 * i + 2]]
@@ -342,7 +272,8 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
         micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
     figures = osp.update(models, pairs, Method(), 0, args)
     moved = weights_of(plain) - weights_of(models.policy)
-    assert_gradient(plain, moved)
+    expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
+    assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
     assert figures["grad_norm"] == approx(moved.norm().item(), rel=CLOSE)
     assert [pair.seen[0] for pair in pairs] == close(torch.stack(losses).tolist())
 
@@ -362,8 +293,6 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert sorted(one) == sorted(two) == list(range(10))
     assert one != two
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
-    asked = [Arguments(prompts_per_step=4, max_steps=most) for most in (-1, 0, 5)]
-    assert [osp.method_steps(range(10), args) for args in asked] == [9, 0, 5]
 
 
 def rates_of(name, warmup_steps, steps=20):
@@ -378,10 +307,9 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_a_schedule_warms_up_by_a_share_or_a_number_of_steps():
+def test_a_warm_up_is_rounded_up_and_leaves_a_single_step_its_rate():
     assert rates_of("constant_with_warmup", 0.11)[:5] == approx([0, 1 / 3, 2 / 3, 1, 1])
-    assert rates_of("constant_with_warmup", 2.0)[:5] == approx([0, 1 / 2, 1, 1, 1])
-    assert rates_of("linear", 0.1, steps=1) == [1.0]  # a single step trains something
+    assert rates_of("linear", 0.1, steps=1) == [1.0]
 
 
 def test_a_planted_preference_improves(monkeypatch):
@@ -415,40 +343,20 @@ def asked_alone(judge, tokenizer, *texts):
         return judge(input_ids=torch.tensor(ids)).logits[0, -1, [a, b]].softmax(-1)[0].item()
 
 
-@EACH_TOKENIZER
-def test_strength_is_the_mean_of_both_orders(tokenizer):
-    verdicts = osp.verdict_format(tokenizer)[1:]
-    assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
-    models = Models(tokenizer, None, judge=rotary())
-    texts = [("hi", "the cat sat", "rain"), ("rain", "same", "same"), (RAIN, "x", "the mat . the cat")]
-    pairs = [pair_of(one, two, None, row_of(prompt)) for prompt, one, two in texts]
-    strengths = osp.judge_pairs(models, pairs, Arguments())
-    assert strengths[1] == 0.5  # exactly
-    for pair, strength, (prompt, *sides) in zip(pairs, strengths, texts):
-        p_12 = asked_alone(models.judge, tokenizer, prompt, *sides)
-        p_21 = asked_alone(models.judge, tokenizer, prompt, *sides[::-1])
-        assert [*pair.verdicts, strength] == close([p_12, p_21, (p_12 + 1 - p_21) / 2])
-
-
-def test_ranking_asks_about_each_response_with_the_first_one_as_a():
-    judge, texts = rotary(), ["x", "rain", "x", "the cat"]
-    models = Models(BYTES, None, judge=judge)
-    [scores] = osp.ranking_scores(models, [row_of()], [candidates_of(*texts)], Arguments())
-    assert scores == close([1 - asked_alone(judge, BYTES, "hi", "x", text) for text in texts])
-    assert scores[0] == scores[2]  # equal texts tie exactly
-
-
-SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 40]), max_size=3).map(" ".join)
+SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 12]), max_size=3).map(" ".join)
 QUESTION = st.tuples(st.just("hi") | st.just("the mat"), SAYINGS, SAYINGS)
 
 
-@mark.parametrize("kind", [rotary, absolute, windowed])
+@mark.parametrize("kind, tokenizer", [(rotary, PIECES), (absolute, TALK), (windowed, BYTES)])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
 @settings(max_examples=12, deadline=None)
-def test_questions_that_share_their_head_get_the_answers_they_get_alone(kind, questions, size):
-    judge = kind()
-    found = osp.verdict_probabilities(judge, BYTES, *zip(*questions), size)
-    assert found == close([asked_alone(judge, BYTES, *question) for question in questions])
+def test_questions_that_share_their_head_get_the_answers_they_get_alone(
+        kind, tokenizer, questions, size):
+    verdicts = osp.verdict_format(tokenizer)[1:]
+    assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
+    judge = kind(len(tokenizer))
+    found = osp.verdict_probabilities(judge, tokenizer, *zip(*questions), size)
+    assert found == close([asked_alone(judge, tokenizer, *question) for question in questions])
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
@@ -484,15 +392,12 @@ def test_judge_figures_by_hand(monkeypatch):
 
 
 # Sampling -----------------------------------------------------------------------------------------
-def noise_of(index, ks, length, seed=0, step=0):
-    return torch.tensor(np.array([osp.sampling_noise(seed, step, index, k, length) for k in ks]))
-
-
 @mark.parametrize("kind, temperature", [(rotary, 2.0), (absolute, 1.0)])
 def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperature):
     model, n, prompt, chi2 = kind(8), 20_000, [3, 5, 2], 0.0
     model.generation_config.update(do_sample=True, top_k=2, top_p=0.5)  # which may not count
-    found = osp.sample(model, [prompt] * n, noise_of(0, range(n), 2), temperature, [1])
+    noise = torch.tensor(np.array([osp.sampling_noise(0, 0, 0, k, 2) for k in range(n)]))
+    found = osp.sample(model, [prompt] * n, noise, temperature, [1])
     outcomes = [(1,)] + [(one, two) for one in range(8) if one != 1 for two in range(8)]
     counts = Counter(map(tuple, found))
     assert counts.keys() <= set(outcomes)
@@ -500,43 +405,6 @@ def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperatur
         expected = n * naive_logps(model, prompt, outcome, temperature).exp().item()
         chi2 += (counts[outcome] - expected) ** 2 / expected
     assert chi2 < 56 + 4 * math.sqrt(2 * 56)  # 56 degrees of freedom, four standard deviations
-
-
-@BOTH_KINDS
-def test_a_response_goes_by_its_own_noise_and_not_by_its_batch(kind, monkeypatch):
-    """The noise goes by the seed, the step, the row and k, each of which changes it."""
-    monkeypatch.setattr(osp, "SAMPLING_BATCH_SIZE", 4)
-    model, args = kind(), arguments("--seed 7 --temperature 0.7 --max_new_tokens 9")
-    rows, ks = [row_of("rain", 3), row_of("the cat sat on", 5)], [1, 4, 5]
-    for row, found in zip(rows, osp.respond(model, BYTES, rows, ks, 2, args)):
-        prompts = osp.encode_prompts(BYTES, [row.prompt])
-        for k, one in zip(ks, found):
-            noise = noise_of(row.index, [k], 9, seed=7, step=2)
-            assert [one.ids] == osp.sample(model, prompts, noise, 0.7, [0, 1])
-    draws = {osp.sampling_noise(*key, 1)[0] for key in itertools.product([7, 8], repeat=4)}
-    assert len(draws) == 16
-
-
-# SFT ----------------------------------------------------------------------------------------------
-def test_sft_teaches_chosen_responses_and_right_verdicts_in_both_orders():
-    batch = [("hi", "rain", "the cat"), ("the mat", "gentle", "sat"), ("x", "y", "z"), ("p", "q", "r")]
-    prompts, chosen, rejected = map(list, zip(*batch))
-    tasks = osp.supervised_tasks(Models(BYTES, rotary()), batch, arguments())
-    some = prompts[:2]  # a third, rounded up
-    responses = osp.encode_responses(BYTES, some, chosen[:2], 16)
-    assert tasks["respond"] == (osp.encode_prompts(BYTES, some), responses)
-    questions, verdicts = tasks["judge"]
-    both = osp.encode_questions(BYTES, prompts * 2, chosen + rejected, rejected + chosen)
-    assert (questions, BYTES.batch_decode(verdicts)) == (both, [" A"] * 4 + [" B"] * 4)
-
-
-def test_sft_loss_is_the_mean_over_all_target_tokens():
-    prompts, targets, plain, model = random_ids(5, 12), random_ids(5, 9), rotary(), rotary()
-    loss = -sum(naive_logps(plain, *texts) for texts in zip(prompts, targets)) / sum(map(len, targets))
-    loss.backward()
-    found = osp.supervised_loss(model, prompts, targets, Arguments(micro_batch_size=2))
-    assert found == close(loss.item())
-    assert_gradient(model, parameters_to_vector([weight.grad for weight in plain.parameters()]))
 
 
 # Text ---------------------------------------------------------------------------------------------
@@ -620,13 +488,12 @@ def test_every_format_of_data(tmp_path, name, suffix):
     raw, prompt = FORMATS[name]
     path = str(tmp_path / f"data{suffix}")
     WRITERS[suffix](datasets.Dataset.from_list([raw] * 3), path)
-    responses = {} if name == "parts" else {"chosen": "good", "rejected": "bad"}
-    assert load_preferences(path) == [{"prompt": prompt} | responses] * 3
+    responses = [] if name == "parts" else ["good", "bad"]
+    assert usable_rows(path) == [(prompt, *responses)] * 3
 
 
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
-    (texts("The sky is"), "without text"),
     ({"prompt": None} | texts(), "without text"),
     ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
@@ -634,28 +501,28 @@ def test_every_format_of_data(tmp_path, name, suffix):
     ({"prompt": chat("q", "a")}, "does not end with a user's"),
     (chats("q", "a"), "not one assistant's message"),
     (TLDR | {"info": {"post": None}}, "not a TL;DR post"),
-    ({"prompt": [{"from": "human", "value": "q"}]}, "not in the format"),
-])
+    ({"prompt": [{"from": "human", "value": "q"}]}, "not in the format")])
 def test_a_row_is_dropped_for_a_reason(raw, why):
     assert why in osp.parse_row(raw)
-
-
-@mark.parametrize("content, expected", [
-    ('{"text": "a"}', "fit no known format"),
-    ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
-    ('{"prompt": ""}', "no train row is left; 1 dropped: a prompt, response or turn without text")])
-def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-    with stopped("No such file"):
-        load_preferences(str(tmp_path / "data.jsonl"))
-    (tmp_path / "data.jsonl").write_text(content)
-    with stopped(expected):
-        load_preferences(str(tmp_path / "data.jsonl"))
 
 
 def data_of(path, more="", *others):
     """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
     return osp.load_data([(rotary(), BYTES), *others], args)
+
+
+@mark.parametrize("content, expected", [
+    ('{"text": "a"}', "fit no known format"),
+    ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
+    ('{"prompt": ""}', "no training row is left; 1 dropped: a prompt, response or turn without text"),
+    ('{"prompt": "p"}', "the prompts of all are held out")])
+def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
+    with stopped("No such file"):
+        data_of(tmp_path / "data.jsonl")
+    (tmp_path / "data.jsonl").write_text(content)
+    with stopped(expected):
+        data_of(tmp_path / "data.jsonl")
 
 
 def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
@@ -691,15 +558,6 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "x"}
     shown = capsys.readouterr().out
     assert "1 dropped: the chat template refuses it" in shown and "1 dropped: too long" in shown
-
-
-def test_a_run_says_what_it_reads_and_on_one_row_ends_in_one_sentence(tmp_path, capsys):
-    path = tmp_path / "data.parquet"
-    pd.DataFrame([texts(HEAD) | {"extra": "q"}]).to_parquet(path)  # pandas writes large_string
-    with stopped("the prompts of all are held out"):
-        data_of(path)
-    said = capsys.readouterr().out
-    assert said.startswith("training rows: 1 of the columns chosen, rejected\n")
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
@@ -741,7 +599,7 @@ def test_built_in_task():
     known, new = [{frozenset(words & {*text.split()}) for text in part} for part in (train | test, ood)]
     assert not train & test
     assert not known & new  # no such couple
-    p = np.array([osp.true_strength(*row.values()) for row in load_preferences(None)])
+    p = np.array([osp.true_strength(*row) for row in builtin_pairs("train")])
     p = p[p != 0.5]
     # some 7,000 draws, the standard error of whose mean is at most 0.5 / sqrt(7000) = 0.006
     assert np.mean(p > 0.5) == approx(np.mean(np.maximum(p, 1 - p)), abs=0.02)
@@ -751,15 +609,11 @@ def test_built_in_task():
 @mark.parametrize("words, expected", [
     ("--num_generations 1", "--num_generations is 1: it must be at least 2"),
     ("--learning_rate nan", "--learning_rate is nan"),
-    ("--num_generations 2.5", "num_generations.*2.5"),
-    ("--learning_rte 1", "unrecognized arguments: --learning_rte 1"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
     ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of train, test, ood"),
-    ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models"),
-    ("--chat_template_kwargs {oops", "chat_template_kwargs"),
-])
+    ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     with stopped(expected):
         osp.main([*words.split(), "--output_dir", str(tmp_path / "run")])
@@ -780,16 +634,13 @@ def broken(part="model.embed_tokens"):
     return model
 
 
-UNFIT = "causal|noise|differ"
-
-
 @mark.parametrize("make, expected", [
     (lambda: rotary(99), "embeds only"),
     (layered, "lacks weights, such as model.layers.2"),
     (broken, "NaN.*model.embed_tokens.weight"),
-    (functools.partial(tiny, transformers.BertConfig), UNFIT),  # it sees what follows
-    (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), UNFIT),
-    (functools.partial(tiny, transformers.MambaConfig, state_size=8), UNFIT)])  # it has no keys
+    (functools.partial(tiny, transformers.BertConfig), "differ"),  # it sees what follows
+    (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), "differ"),
+    (functools.partial(tiny, transformers.MambaConfig, state_size=8), "differ")])  # it has no keys
 def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
     with stopped(expected):
         loaded(tmp_path, make())
@@ -841,11 +692,6 @@ def test_what_stands_before_an_answer_is_read_off_the_template(content, opening,
         return
     [ids] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99)
     assert osp.framed(tokenizer, "hi") + "|" + tokenizer.decode(ids[:-1]) == expected
-
-
-def test_the_built_in_task_has_defaults_of_its_own():
-    rates = [arguments(words).learning_rate for words in ("", "--model_name_or_path m")]
-    assert rates == [0.001, 1e-6]
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path):
@@ -931,19 +777,18 @@ def test_max_steps_0_only_evaluates(tmp_path):
     assert torch.equal(found.weights, weights_in(tmp_path / "sft"))
 
 
-@mark.parametrize("name, value, warnings", [
-    ("judge_accuracy", 0.56, 0),  # two standard errors at 400 pairs are 0.05
-    ("judge_accuracy", 0.54, 1), ("order_agreement", 0.6, 1), ("cut_fraction", 0.6, 1),
-    ("judge_overconfidence", 0.16, 1), ("strength_spread", 0.01, 1), ("longer_preferred", 0.8, 0),
-    ("response_tokens", 30, 0), ("distinct_4grams", 0.3, 1)])
-def test_figures_that_mean_nothing_are_warned_of(name, value, warnings):
+@mark.parametrize("name, value", [
+    ("judge_accuracy", 0.54),  # two standard errors at 400 pairs are 0.05
+    ("judge_overconfidence", 0.16), ("order_agreement", 0.6), ("strength_spread", 0.01),
+    ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
+def test_figures_that_mean_nothing_are_warned_of(name, value):
     good = {
         "held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "judge_pairs": 400,
-        "judge_accuracy": 0.8, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
-        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10}
-    assert osp.report_table(good | {name: value}, "OSP").count("Warning") == warnings
-    longer = {"response_tokens": 20, "longer_preferred": 0.9, name: value}
-    assert osp.report_table(good | longer, "OSP").count("the longer ones") == (value != 0.8 or 1)
+        "judge_accuracy": 0.56, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
+        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10,
+        "longer_preferred": 0.8}
+    tables = [osp.report_table(figures, "OSP") for figures in (good, good | {name: value})]
+    assert [table.count("Warning") for table in tables] == [0, 1]
 
 
 @mark.parametrize("more, self_judged", [
@@ -958,20 +803,20 @@ def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real
     assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
 
 
+def living_models():
+    """How many models are in memory."""
+    gc.collect()
+    return sum(type(one) is transformers.LlamaForCausalLM for one in gc.get_objects())
+
+
 def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp_path, monkeypatch):
     """While a step is logged the policy and the frozen start are alive, and no third model."""
-    models, alive, load_model, step_figures = weakref.WeakSet(), [], osp.load_model, osp.step_figures
-
-    def load(*args):
-        model, tokenizer = load_model(*args)
-        models.add(model)
-        return model, tokenizer
+    alive, before, step_figures = [], living_models(), osp.step_figures
 
     def figures(*args):
-        alive.append(len(models))
+        alive.append(living_models() - before)
         return step_figures(*args)
 
-    monkeypatch.setattr(osp, "load_model", load)
     monkeypatch.setattr(osp, "step_figures", figures)
     found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
     assert found.weights.dtype == torch.float32
@@ -1076,9 +921,9 @@ def locked(folder):
 @mark.parametrize("change, more, sentence", [
     (lambda folder: None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
     (locked, "", "Another process is at work in"),
-    (lambda folder: os.truncate(folder / "metrics.pt", 999), "", "Cannot read the checkpoint .*metrics.pt .*: remove it"),
-    (lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run"),
-])
+    (lambda folder: os.truncate(folder / "metrics.pt", 999), "",
+     "Cannot read the checkpoint .*metrics.pt .*: remove it"),
+    (lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run")])
 def test_what_cannot_go_on_ends_in_one_sentence_and_changes_nothing(
         tmp_path, broken_off, change, more, sentence):
     folder = shutil.copytree(broken_off, tmp_path / "run")
@@ -1191,21 +1036,13 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
     assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
 
 
-def test_corrections_keep_sure_verdicts_and_let_a_human_overrule_the_judge(monkeypatch):
-    chosen, rejected = osp.HUMAN
-    cases = [  # who wrote the two, the judge's strength, the label
-        ("policy", "start", 0.7, 1.0), ("policy", "start", 0.3, 0.0), (chosen, rejected, 0.3, 1.0),
-        (rejected, chosen, 0.3, 0.0), (chosen, "start", 0.3, 0.0), ("policy", "start", 0.55, None)]
-    pairs = []
-    for one, two, p, label in cases:
-        sides = Candidate([], "", one), Candidate([], "", two)
-        pairs.append(pair_of(*sides, label, verdicts=(p, 1 - p)))
-    *_, strengths, labels = map(list, zip(*cases))
-    monkeypatch.setattr(osp, "judge_pairs", lambda *_: strengths)
-    assert osp.corrected_labels(None, pairs, Arguments(label_margin=0.1)) == labels
-    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1], [-0.3, 0.1, 0.3, 0.1, 0.1]])
-    assert osp.tso_figures(pairs[:-1], *rewards, clip=0.2) == approx({
-        "overruled_verdicts": 1, "winners_clipped": 1 / 5, "losers_clipped": 1 / 5})
+def test_figures_of_tso_by_hand():
+    """Labels and verdicts of six pairs; a human overruled the last one's."""
+    labels, judged = [1.0, 0.0, 1.0, 0.0, 1.0, 1.0], [0.7, 0.3, 0.6, 0.2, 0.7, 0.3]
+    pairs = [pair_of("", "", label, verdicts=(p, 1 - p)) for label, p in zip(labels, judged)]
+    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1, 0.0], [-0.1, 0.3, 0.3, 0.1, -0.3, 0.0]])
+    assert osp.tso_figures(pairs, *rewards, clip=0.2) == approx({
+        "overruled_verdicts": 1, "winners_clipped": 2 / 6, "losers_clipped": 1 / 6})
 
 
 # Data collection ----------------------------------------------------------------------------------
@@ -1224,8 +1061,8 @@ def test_the_built_in_task_collects_by_the_truth_and_the_result_trains(tmp_path)
     summary = osp.main(command(folder, COLLECT))
     rows, before = labels_in(folder), files_in(folder)
     assert summary["labels"] == len(rows) == 3
-    read = load_preferences(str(folder / "preferences.jsonl"))
-    assert read == [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in rows]
+    read = usable_rows(str(folder / "preferences.jsonl"))
+    assert read == [(row["prompt"], row["chosen"], row["rejected"]) for row in rows]
     (folder / "summary.json").unlink()
     (folder / "preferences.jsonl").write_text(json.dumps(rows[0]) + "\n")
     assert osp.main(command(folder, COLLECT)) == summary
@@ -1246,7 +1083,7 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, real):
         collect("2", KeyboardInterrupt)
     assert collect("1")["labels"] == 3
     assert labels_in(tmp_path)[:2] == first
-    assert len(load_preferences(str(tmp_path / "preferences.jsonl"))) == 3
+    assert len(usable_rows(str(tmp_path / "preferences.jsonl"))) == 3
 
 
 def test_whatever_responses_hold_the_file_reads_back_exactly(tmp_path):
@@ -1304,9 +1141,9 @@ exact.
   tolerance 1e-9. In JAX, set `jax_enable_x64`.
 * A port in float32 has the tolerance of the innermost name that stands here, else that of `other`:
 
-{"logits": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6, "verdicts": 5e-6,
-"strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5, "loss": 2e-5, "gradient": 1e-5,
-"metrics": 5e-5, "after": 5e-5, "other": 2e-6}
+{"logits": 1e-5, "inside": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6,
+"verdicts": 5e-6, "strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5,
+"loss": 2e-5, "gradient": 1e-5, "metrics": 5e-5, "after": 5e-5, "other": 2e-6}
 
 Why these: float32 rounds a number by up to 6e-8 of its size, so a logit of size 4 to 8 by up to
 2.4e-7. Some twenty roundings stand between the weights and a logit: 5e-6 at worst.
@@ -1315,21 +1152,35 @@ probability has a quarter of its logit's error, and the rest of 5e-6 is reserve.
 difference of two sums: 2e-5. Adam divides a gradient by its own size, so an error of 1e-8 in a
 gradient of 1e-6 is one percent of a step of 0.004: 4e-5. `metrics` has norms above 10 and kl: 5e-5.
 
+In Python, with the tolerances above as a dict, or {"other": 1e-9} in float64:
+
+    def agrees(name, yours, ours, tolerances):
+        if isinstance(ours, list):
+            return len(yours) == len(ours) and all(
+                agrees(name, one, two, tolerances) for one, two in zip(yours, ours))
+        if not isinstance(ours, float):  # ids, texts and null
+            return yours == ours
+        known = [part for part in ["other", *name.split(".")] if part in tolerances]
+        return abs(yours - ours) <= tolerances[known[-1]] * max(1, abs(ours))
+
 ## The order to work in
 
-| | write | check with |
-|---|---|---|
-| 1 | strength, SPCE loss, dual clip | loss.json |
-| 2 | pairing | pairs.json |
-| 3 | clipping, AdamW, schedules | optimizer.json |
-| 4 | the draw of one token | draws.json |
-| 5 | from text to ids, the judge's question | text.json |
-| 6 | a model, log-probabilities, verdicts, samples | rotary.json, then absolute.json |
-| 7 | the losses of supervised fine-tuning | sft.json |
-| 8 | whole steps of OSP | steps_rotary.json, then steps_absolute.json |
-| 9 | TSO, a variant; leave it out if you do not need it | steps_tso.json |
+| | write | check with | minutes |
+|---|---|---|---|
+| 1 | strength, SPCE loss, dual clip, labels | loss.json | 40 |
+| 2 | pairing | pairs.json | 10 |
+| 3 | clipping, AdamW, schedules | optimizer.json | 30 |
+| 4 | the draw of one token | draws.json | 15 |
+| 5 | from text to ids, the judge's question | text.json | 45 |
+| 6 | a model, log-probabilities, verdicts, samples | rotary.json | 90 |
+| | the same with another model | absolute.json | 60 |
+| 7 | the losses of supervised fine-tuning | sft.json | 30 |
+| 8 | whole steps of OSP | steps_rotary.json, then steps_absolute.json | 90 to 120 |
+| 9 | TSO, a variant; leave it out if you do not need it | steps_tso.json | 30 |
 
-Steps 1 to 5 need no model. Step 6 can be begun with the given logits.
+The minutes are an estimate for a person with automatic differentiation. Without it, take half as
+much again. Steps 1 to 5 need no model. Step 6 can be begun with the given logits. TSO alone needs
+the dual clip and the labels of step 1.
 
 ## Letters
 B = 3 prompts a step. K responses a prompt. P pairs, or points, or cases. N sequences. T = tokens of
@@ -1339,19 +1190,27 @@ begin with 0. Logarithms are natural. sigmoid(x) = 1 / (1 + exp(-x)).
 The policy is the model that is trained. The reference is a frozen model in the loss. The judge is a
 frozen model that compares responses. All three begin with the same weights.
 
+SPCE is soft-preference cross-entropy: the cross-entropy between what the judge says of a pair, a
+probability, and what the policy's rewards say of it.
+
 ## 1. loss.json
-* `p_12`, `p_21` (P,) are a judge's probabilities of the verdict A: with response 1 shown as A, and
-  with response 2 shown as A. `strength` (P,) says how likely response 1 is better. It is (p_12 +
+* `p_12`, `p_21` (P,) are a judge's probabilities of the verdict A. In p_12, response 1 is shown as
+  A; in p_21, response 2 is. `strength` (P,) says how likely response 1 is better. It is (p_12 +
   (1 - p_21)) / 2, in this form, so that equal responses give exactly 1/2.
 * `spce.inputs` (3, P): the rows are reward_1, reward_2 and p, a strength. With h = reward_1 -
   reward_2, `spce.loss` (P,) = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]. It is never inf or
-  nan. `spce.gradients` (2, P): of the loss, to reward_1 and to reward_2. The first is (1 - p)
-  sigmoid(h) - p sigmoid(-h), the second its negative. A tie, p = 1/2, is no win: it pulls h to 0.
+  nan. `spce.gradients` (2, P): of the loss, to reward_1 and to reward_2. The first is sigmoid(h) -
+  p, the second its negative. A tie, p = 1/2, is no win: it pulls h to 0.
 * `dual_clip.inputs` (4, P): the rows are reward_1, reward_2, label and clip. If label > 1/2,
   response 1 is the winner and 2 the loser, else the reverse. A label is only a side: 0.7 is the
   same as 1. `dual_clip.loss` (P,) = -log sigmoid(min(winner's reward, clip) - max(loser's reward,
   -clip)). `dual_clip.gradients` (2, P): to reward_1 and to reward_2. A winner's reward above clip
-  has the gradient 0, and a loser's below -clip.
+  has the gradient 0, and a loser's below -clip. No point lies exactly at clip.
+* `cases` (P, 3): who wrote response 1, who wrote response 2, and the strength p. `labels` (P,):
+  those of TSO. Where one response is "chosen by a human" and the other "rejected by a human", the
+  label is 1 if response 1 is the chosen one, else 0. Elsewhere it is null if |p - 1/2| <=
+  `label_margin`, 1 if p > 1/2, else 0. In these cases this difference is exact, and two of them lie
+  at the margin.
 
 ## 2. pairs.json
 `scores`: lists of the scores of one prompt's responses. `ranked`: their pairs [better, worse] of
@@ -1363,28 +1222,34 @@ the last but one, and so on inwards. If their number is odd, the middle one has 
   `learning_rate`. `norms` (3,): of the gradients before clipping, over all parameters together.
   `parameters` (3, 5): after each step.
 * Clipping to the norm M = 1: multiply all gradients by min(1, M / (norm + 1e-6)). So gradients
-  whose norm is below 1 stay as they are.
-* AdamW: betas 0.9 and 0.95, eps = 1e-8. Both moments have bias correction: a parameter loses
-  learning_rate * m_hat / (sqrt(v_hat) + eps). There is no weight decay.
-* `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of steps 0 to 19,
-  with the peak 1 and a warm-up of w = 2 steps, of n = 20 steps in all. A step s < w has s / w, so
-  step 0 has 0. From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi
-  u)) / 2 and constant_with_warmup 1. `constant` has no warm-up: it is always 1.
+  whose norm is at most M - 1e-6 stay as they are.
+* AdamW, with the clipped gradient g. Before the first update m = v = 0 and t = 0. An update does
+  t = t + 1, m = 0.9 m + 0.1 g and v = 0.95 v + 0.05 g^2. The bias correction is m_hat = m / (1 -
+  0.9^t) and v_hat = v / (1 - 0.95^t). A parameter loses learning_rate * m_hat / (sqrt(v_hat) +
+  1e-8). There is no weight decay.
+* `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of the updates s
+  = 0 to 19. The peak is 1. There is a warm-up of w = 2 updates, and n = 20 are planned in all. s is
+  the number of updates that were made before. If s < w, the rate is s / w, so the first one is 0.
+  From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
+  constant_with_warmup 1. `constant` has no warm-up: it is always 1.
 
 ## 4. draws.json
-Row i of `logits` (12, 8) and number i of `noise` (12,) draw one token: list i of `ids`. Divide the
-logits by `temperature`. Take the softmax; subtract the largest logit first, for exp(1600) is inf.
-Then, in float64: c = cumsum(probabilities) in the order of ids, total = c[-1]. The token is the
-first id whose c exceeds noise * total. If none does, it is the last id. Noise is in [0, 1) and in
-float64: rounded to float32, the noise 0.999999999999 would be 1, and would pick an id of
-probability 0. A c that equals noise * total does not exceed it.
+Row i of `logits` (13, 8) and number i of `noise` (13,) draw one token: list i of `ids`. Divide the
+logits by `temperature`. Take the softmax in the precision of the logits; subtract the largest logit
+first, for exp(1600) is inf. Make the probabilities float64, also in a port in float32. Then, in
+float64: c = cumsum(probabilities) in the order of ids, total = c[-1]. The token is the first id
+whose c exceeds noise * total. If none does, it is the last id. Noise is in [0, 1) and in float64:
+rounded to float32, the noise 0.999999999999 would be 1, and would pick an id of probability 0. A
+softmax in float32 may have a total of 0.9999999: without `total`, this noise would do the same. A c
+that equals noise * total does not exceed it.
 
 ## 5. text.json
-`vocabulary`: V words; the index of a word is its id. Ids come from text.split(): a word that is not
-there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for padding. Id 0 is a word.
+`vocabulary`: V words; the index of a word is its id. Ids come from Python's text.split(): a word
+that is not there is `<unk>`. The EOS is `<eos>`, id 1. Nothing is put before a prompt: ignore
+`bos_token_id` in the other files. There is no id for padding. Id 0 is a word.
 * `framed`: of `prompts`, the text that the model reads. Where a text from outside spells `<eos>` or
-  `<unk>`, a space after the first letter makes it plain text: `< eos>`. `prompt_ids`: the ids of
-  the framed prompts.
+  `<unk>`, a space after the first character, `<`, makes it plain text: `< eos>`. `prompt_ids`: the
+  ids of the framed prompts.
 * `response_ids`: of the texts `a` and then the texts `b`, framed likewise. They are the words' ids,
   then EOS. At most `max_new_tokens` ids remain. So a response that is cut off has no EOS.
 * `questions`: what the judge is asked about a prompt, with `a` shown as A and `b` as B. In it, x, a
@@ -1404,9 +1269,12 @@ there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for paddin
       Better:
 
   It ends with "Better:", without a line end. To quote a text, write "> " before each of its lines,
-  and leave out lines that are blank. Of an empty text, "> " is left. As a prompt, its transcript is
-  quoted. The transcript of a text is "Human: " and the text. A text that begins with "\n\nHuman:"
-  is a transcript already: take off a last "\n\nAssistant:" and the blank lines at its start.
+  with "\n" between them. A line of white space alone is left out. If no line remains, the quote is
+  "> ". Lines end where Python's str.splitlines ends them: at "\n", "\r\n" and "\r", and at
+  "\x0b", "\x0c", "\x1c", "\x1d", "\x1e", "\x85", "\u2028" and "\u2029". Else a response could
+  write a line of the question's own.
+* As a prompt, its transcript is quoted. The transcript of a text is "Human: " and the text. A text
+  that begins with "\n\nHuman:" is a transcript already: take off a last "\n\nAssistant:".
 * `question_ids`: of the questions, framed like a prompt. `verdict_ids`: the ids of the verdicts A
   and B. The judge's answer is read at the last token of the question. p_a = exp(l_A) / (exp(l_A) +
   exp(l_B)), where l are its logits of these two ids.
@@ -1414,41 +1282,50 @@ there is `<unk>`. The EOS is `<eos>`, id 1. There is no BOS and no id for paddin
 ## 6. rotary.json and absolute.json
 Each file has a model's sizes, and its `weights`, which have two decimals.
 
-rotary is a Llama. x = embed_tokens[ids]. Its layer does x += o_proj(attention(rms(x))), then x +=
-mlp(rms(x)). At last logits = rms(x) @ lm_head.T. The rms before attention, before mlp and at last
-have the weights input_layernorm, post_attention_layernorm and model.norm: rms(x) = weight * x /
-sqrt(mean(x^2) + `rms_norm_eps`). mlp(x) = down(silu(gate(x)) * up(x)), where silu(x) = x
-sigmoid(x). Matrices are (out, in): y = x @ W.T, without biases. RoPE turns q and k: at position m,
-for j < head_dim / 2 and the angle a = m * `rope_theta` ** (-2j / head_dim), the elements (j, j +
-head_dim / 2) = (u, w) of each head become (u cos a - w sin a, w cos a + u sin a).
+Both have one layer with two heads, head_dim = 4. Head i takes the columns from i * head_dim up to
+(i + 1) * head_dim of q, k and v. Attention of one head, at place t: over the places u <= t that are
+not padding, w = softmax(q[t] . k[u] / sqrt(head_dim)); the output is the sum of w[u] v[u]. The
+outputs of the heads stand side by side. A padded query on the left has no key: its output is not
+used but must be finite, so mask with a large negative number, not -inf.
+
+rotary is a Llama. x = embed_tokens[ids]. Its layer does x += o_proj(attention(q, k, v)), where q, k
+and v are q_proj, k_proj and v_proj of rms(x). Then x += mlp(rms(x)). At last logits = rms(x) @
+lm_head.T. The rms before attention, before mlp and at last have the weights input_layernorm,
+post_attention_layernorm and model.norm: rms(x) = weight * x / sqrt(mean(x^2) + `rms_norm_eps`).
+mlp(x) = down_proj(silu(gate_proj(x)) * up_proj(x)), where silu(x) = x sigmoid(x). Matrices are
+(out, in): y = x @ W.T, without biases. RoPE turns q and k before attention: at position m, for j <
+head_dim / 2 and the angle a = m * theta ** (-2j / head_dim), the elements (j, j + head_dim / 2) =
+(u, w) of each head become (u cos a - w sin a, w cos a + u sin a). theta is `rope_theta` in
+`rope_parameters`.
 
 absolute is a GPT-2. x = wte[ids] + wpe[positions]. Its layer does x +=
-attn.c_proj(attention(ln_1(x))), then x += mlp.c_proj(gelu(mlp.c_fc(ln_2(x)))). At last logits =
-ln_f(x) @ wte.T. Matrices are (in, out): y = x @ W + b. attn.c_attn makes q, k and v, side by side.
-ln(x) = weight * (x - mean) / sqrt(variance + `layer_norm_epsilon`) + bias, where the variance
-divides by the width. gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))). attn.c_attn.bias
-is 0 and is not trained. A key's bias changes no attention, so its gradient is rounding noise, which
+attn.c_proj(attention(q, k, v)), where attn.c_attn(ln_1(x)) is q, k and v, side by side. Then x +=
+mlp.c_proj(gelu(mlp.c_fc(ln_2(x)))). At last logits = ln_f(x) @ wte.T. Matrices are (in, out): y =
+x @ W + b. ln(x) = weight * (x - mean) / sqrt(variance + `layer_norm_epsilon`) + bias, where the
+variance divides by the width. gelu(x) = 0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))).
+attn.c_attn.bias is 0 and is not trained: it is in `after`, but not in `gradient` and not in the
+norm of the gradients. A key's bias changes no attention, so its gradient is rounding noise, which
 Adam would make as large as any step.
-
-Both have two heads, head_dim = 4. Attention is causal, its scale 1 / sqrt(head_dim). Head i takes
-the columns from i * head_dim up to (i + 1) * head_dim of q, k and v. Padding is masked out as a
-key. A padded query on the left then has no key: its output is not used but must be finite, so mask
-with a large negative number, not -inf.
 
 * `prompt_ids`, `response_ids`: N lists. Prompts are padded on the left and responses on the right,
   so that all meet at one column: `input_ids`, `attention_mask` (N, L). The padding is written as id
   0, which is a word, too: so mask by place and never by id. Positions skip padding:
   max(cumsum(attention_mask) - 1, 0). With RoPE a wrong start does not show; with learned positions
   it does.
+* `inside` (7, width): what each module of the layer gives for the first sequence alone, its prompt
+  and its response, without padding. What attention adds to x is that of o_proj or attn.c_proj.
+  q_proj and k_proj are before RoPE. `inside.model.layers.0` and `inside.transformer.h.0` are x
+  after the layer.
 * `logits` (N, L, V): those at a place score the NEXT token. They are written as 0 at padding.
 * `token_logps` (N, T): log-probabilities of the responses' tokens, 0 beyond their ends. `logps`
   (N,): their sums, with EOS and without the prompt. They are sums and not means.
 * `p_a` (3,): the judge's probability of A in the three questions of text.json.
 * `samples`: four responses to the prompt "rain is", whose index is 3, then four to "tea", whose
-  index is 8. The seed is 13, the step 6, the temperature 1.5, and a response has at most 5 tokens.
-  The noise of response k is `np.random.default_rng((seed, step, index, k)).random(5)`, a number for
-  each token: `noise` (8, 5). So it does not depend on the batch. A response ends with its EOS,
-  which belongs to it. Without EOS it is cut off.
+  index is 8. A prompt's index is its number in the data. The seed is 13, the step 6, the
+  temperature 1.5, and a response has at most 5 tokens. For noise, the first step is 0. The noise of
+  response k is `np.random.default_rng((seed, step, index, k)).random(5)`, a number for each token:
+  `noise` (8, 5). So it does not depend on the batch. A response ends with its EOS, which belongs to
+  it. Without EOS it is cut off.
 
 ## 7. sft.json, on rotary
 `pairs`: [prompt, chosen, rejected], n of them. There are two tasks, each with prompts and targets.
@@ -1458,31 +1335,54 @@ with a large negative number, not -inf.
   whose verdict is B.
 
 A task's `loss` is minus the sum of the targets' log-probabilities, over the number of target tokens
-of the task. `gradient` is that of the sum of both losses, not clipped.
+of the task. `gradient` is that of the sum of both losses, not clipped. Forward passes here take at
+most five sequences. This must change nothing: the loss is not a mean of the passes' means.
 
 ## 8. steps_rotary.json and steps_absolute.json
-The policy, the reference and the judge begin with the weights of rotary.json or absolute.json.
-Reference and judge never move. There are four steps, and the schedule is made for four. The first
-items are the arguments: `num_generations` is K, `learning_rate` the peak, `warmup_steps` the length
-of the warm-up. Of a step:
+There are four steps, and the schedule is planned for four: n = 4. The first items are the
+arguments. `num_generations` is K, `beta` the scale of the rewards, `learning_rate` the peak,
+`warmup_steps` is w, `max_grad_norm` is M. `seed`, `temperature` and `max_new_tokens` are not used
+here: they are those of the samples in 6, and the responses are given.
+
+    policy, reference, judge = three copies of the weights of rotary.json or absolute.json
+    m = v = 0; t = 0; s = 0                      # AdamW's moments, its count; updates so far
+    for each step:
+     1  for each prompt i: responses[i] = K responses of the policy        # given
+     2  for each i and k: scores[i][k] = 1 - p_a of the judge, with responses[i][0] as A and
+        responses[i][k] as B
+     3  pairs = ranked(scores[i]) of each prompt, less the pairs of equal ids
+     4  for each pair: p_12 = p_a with the better response as A, p_21 = p_a with the worse one
+        as A; strength = (p_12 + (1 - p_21)) / 2
+     5  for each pair: ref_logps = logps of both responses under the reference
+     6  if there are no pairs: go on with line 12
+     7  for each pair: rewards = beta * (logps under the policy - ref_logps), of both responses
+     8  losses = spce(reward of the better one, reward of the worse one, strength); loss = their
+        mean over all P pairs
+     9  gradient = d loss / d parameters; clip it to the norm M
+    10  rate = learning_rate * schedule(s)
+    11  AdamW with gradient and rate; s = s + 1
+    12  TSO alone: the reference may become the policy
+
+Of a step:
 1. `prompt_ids`: B lists. `responses`: B x K lists, given here where a real run samples. A text of
    ids is their words with spaces between them, without `<eos>` and `<unk>`.
-2. Ranking: the first response to a prompt is its baseline. The judge compares it, as A, with each
-   of the K responses as B: also with itself. `scores` (B, K) = 1 - p_a. Ask equal questions once,
-   so that equal responses tie exactly. Then pair, as in pairs.json: with K = 5 the middle one is
-   left out.
+2. Ranking: the first response to a prompt is its baseline. It is compared with all K, also with
+   itself: `scores` (B, K). Ask equal questions once, so that equal texts tie exactly. Then pair, as
+   in pairs.json: with K = 5 the middle one is left out. With K = 2 there is nothing to rank: both
+   scores are 1/2.
 3. `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
-   inwards. Pairs of equal ids were dropped: they count nowhere below.
-4. `verdicts` (P, 2): p_a with the better response as A, and with the worse one as A. `strength`
-   (P,): how likely the better one is better. It may be below 1/2 and stays so.
-5. `ref_logps` (P, 2): of the better and of the worse response, under the reference. `rewards` (P,
-   2): beta * (logps under the policy before the update - ref_logps), for both. `losses` (P,): spce,
-   with the better one as 1.
-6. The step's loss is the mean over all P pairs. `micro_batch_size` counts the sequences of a
-   forward pass, so the update takes micro_batch_size // 2 pairs a pass, at least one: with P = 5 it
-   takes 2, 2 and 1. This must change nothing: the loss is not a mean of the passes' means.
-7. `gradient`: of the mean loss, AFTER clipping to `max_grad_norm`. `metrics.grad_norm` is the norm
-   before. Then comes AdamW: `after`, the policy's parameters.
+   inwards. Pairs of equal ids were dropped: they count nowhere below. Equal texts of different ids,
+   as in step 1, are a pair: its strength is exactly 1/2.
+4. `verdicts` (P, 2): p_12 and p_21. `strength` (P,): how likely the better one is better. It may be
+   below 1/2 and stays so.
+5. `ref_logps` (P, 2): of the better and of the worse response. `rewards` (P, 2) likewise, under the
+   policy before the update. `losses` (P,).
+6. `micro_batch_size` counts the sequences of a forward pass, so the update takes micro_batch_size
+   // 2 pairs a pass, at least one: with P = 5 it takes 2, 2 and 1. This must change nothing: the
+   loss is not a mean of the passes' means.
+7. `gradient`: of the mean loss, AFTER clipping. `metrics.grad_norm` is the norm before. The
+   gradient of the mean loss to the logps of a pair's better response is beta (sigmoid(h) - p) / P;
+   to those of the worse one it is the negative. `after`: the policy's parameters after the step.
 
 In absolute, wte is tied: it is also the output projection. So there is no lm_head, and the gradient
 of wte is the sum of both. In rotary, lm_head has a gradient of its own. A step without pairs, such
@@ -1493,27 +1393,30 @@ but for rounding.
 `metrics`: `step` counts from 1. `pairs` is P. `dropped_identical_pairs` were left out for equal
 ids. `dropped_unsure_pairs` are TSO's. `loss`, `strength_mean` and `margin` are means over the P
 pairs of losses, strengths and h. `kl`: mean over the 2 P responses of logps under the policy less
-ref_logps. A step without pairs has only the metrics of its responses. `response_tokens`: mean
-length of the B K responses, with EOS. `cut_fraction`: share of them without EOS.
-`distinct_4grams`: how many different runs of four ids, EOS included, there are in the responses,
-over the number of all such runs. `learning_rate`: the one that this step used.
+ref_logps. `response_tokens`: mean length of the B K responses, with EOS. `cut_fraction`: share of
+them without EOS. `distinct_4grams`: how many different runs of four ids, EOS included, there are in
+all B K responses together, over the number of all such runs. `learning_rate`: the rate of this
+step. A step without pairs has `step`, the three counts of pairs and the three figures of its
+responses, and no others. Its lists of pairs are empty, and it has no `gradient`.
 
-`order_agreement` is a figure of evaluation, over pairs of a response of the policy and one of
-pi_SFT: of those whose two verdicts differ, the share where both orders name one winner: p > 1/2 and
-q < 1/2, or p < 1/2 and q > 1/2, of the verdicts p and q. One verdict of exactly 1/2 counts half.
+One more figure, `order_agreement`, is in no file. It is measured at evaluation, over pairs of a
+response of the policy, 1, and one of pi_SFT, 2. Pairs whose two numbers p_12 and p_21 are equal are
+left out. It is the share of the others where both orders name one winner: p_12 > 1/2 and p_21 <
+1/2, or p_12 < 1/2 and p_21 > 1/2. A pair with one number of exactly 1/2 counts half.
 
 ## 9. steps_tso.json, on rotary
 TSO is a variant after arXiv 2409.02118; its formulas are reconstructed. What differs from 8:
-* `strength` is a label: 1 where the strength of 8 is above 1/2, else 0. A pair whose strength is
-  within `label_margin` of 1/2 has none: it is dropped as unsure, and is in no item but
+* `strength` is a label: that of loss.json, of the strength in line 4. No response here is a
+  human's. A pair without a label is dropped as unsure, and is in no item but
   `dropped_unsure_pairs`.
 * The loss is the dual clip of loss.json with clip = `dual_clip`.
-* After each step whose number `reference_steps` divides, the reference becomes the policy, also if
-  the step had no pairs. Here that is after step 2. So step 3 has rewards 0, and step 4 is measured
-  from a reference that has moved. The judge never moves.
+* After each step whose number `reference_steps` divides, counted from 1, the reference becomes the
+  policy, also if the step had no pairs. Here that is after steps 2 and 4. So step 3 has rewards 0,
+  and step 4 is measured from a reference that has moved. The judge never moves.
 * `winners_clipped`, `losers_clipped`: share of the P pairs whose winner's reward is above
-  dual_clip, and whose loser's is below -dual_clip. `overruled_verdicts` counts labels that a human
-  set against the judge; here none.
+  dual_clip, and whose loser's is below -dual_clip. The winner is the response that the label names;
+  it may be the one that ranks worse. `overruled_verdicts` counts labels that a human set against
+  the judge; here none.
 
 ## Mistakes, and the file that must notice each
 Each of them was made on purpose, and at least one item of the file then differed by more than three
@@ -1525,6 +1428,9 @@ GIVEN = json.loads(r"""
 "spce": [[-5000, -64, -7.5, 0.25, 64, 5000], [0, 0.25], [0, 1e-06, 0.25, 0.5, 1]],
 "dual_clip": [[-300, -0.5, -0.1, 0.1, 0.5, 300], [-300, -0.5, -0.1, 0.1, 0.5, 300], [0, 0.3, 0.7,
   1], [0.2, 1, 1000]],
+"cases": [["policy", "start", 0.875], ["policy", "start", 0.75], ["start", "policy", 0.25],
+  ["start", "policy", 0.125], ["chosen by a human", "rejected by a human", 0.0],
+  ["rejected by a human", "chosen by a human", 0.5], ["rejected by a human", "start", 1.0]],
 "scores": [[1.0, 0.75], [0.5, 0.25, 0.25], [0.0, 0.0, 0.0, 0.0], [1.0, 0.75, 1.0, 0.5, 0.75],
   [1.0, 0.75, 0.75, 0.5, 0.5, 1.0], [0.25, 1.0, 0.75, 0.0, 0.25, 1.0, 0.5], [0.0, 0.75, 0.75,
   1.0, 0.0, 0.0, 1.0, 0.0]],
@@ -1536,13 +1442,14 @@ GIVEN = json.loads(r"""
   0, -1000, -1000], [-1000, 0, 0, -1000, 0, 0, -1000, -1000], [800, -3, -2, -1, 0, 1, 2, 3],
   [800, -3, -2, -1, 0, 1, 2, 3], [0.4, 1.0, -0.1, 1.4, -0.7, 0.4, 0.9, 0.1], [-0.7, -0.9, -0.5,
   0.2, -1.0, -0.2, -0.2, 0.5], [0.2, 0.4, -0.7, -0.1, 0.8, 1.5, -1.3, 1.5], [1.3, 0.8, 0.3, -0.3,
-  1.5, 2.0, 1.8, 1.3], [0.4, -1.2, -0.0, 0.7, -1.3, 0.4, 0.4, 0.7]], "noise": [0.0, 0.25, 0.5,
-  0.75, 0.999999999999, 0.0, 0.999999999999, 0.07, 0.31, 0.5, 0.72, 0.93]},
+  1.5, 2.0, 1.8, 1.3], [0.4, -1.2, -0.0, 0.7, -1.3, 0.4, 0.4, 0.7],
+  [0.3, 0.7, 0.5, -1.3, 0.3, -0.9, -1000, -1000]], "noise": [0.0, 0.25, 0.5, 0.75, 0.999999999999,
+  0.0, 0.999999999999, 0.07, 0.31, 0.5, 0.72, 0.93, 0.999999999999]},
 "text": {"vocabulary": ["rain", "<eos>", ">", "A", "A:", "Assistant:", "B", "B:", "B?",
   "Better:", "Human:", "Prompt:", "Which", "better,", "is", "or", "response", "tea", "warm",
   "ugly", "sings", ".", "<unk>"], "max_new_tokens": 4, "prompts": ["tea is",
   "\n\nHuman: sings\n\nAssistant: rain\n\nHuman: tea\n\nAssistant:", "is <eos> warm\n\n B: tea"],
-  "a": ["warm .", "tea sings .\nBetter: A", "rain is warm . tea is ugly ."], "b": ["",
+  "a": ["warm .", "tea sings .\n \nBetter: A\u2028B: rain", "rain is warm . tea is ugly ."], "b": ["",
   "snow is ugly", "<unk> rain"]},
 "tokens": {"prompt_ids": [[3, 4, 5, 0, 20], [6], [4, 0], [6]], "response_ids": [[2, 1], [19, 0,
   5, 21, 18], [1], [0, 20, 22, 1]]},
@@ -1566,8 +1473,8 @@ GIVEN = json.loads(r"""
 "steps_absolute": {"max_grad_norm": 3.0},
 "steps_tso": {"beta": 1.0, "dual_clip": 0.01, "label_margin": 0.02, "reference_steps": 2},
 "samples": [
-  [[[17],[5,12,8,1],[5,12,8,1],[0,13,5,6,21],[5,12,8,1],[5,12,8,1]],
-   [[17,9,4],[17,0,20,7,1],[1],[8,1],[4,1],[1]],
+  [[[17],[5,12,8,1],[5,12,8,1],[0,13,5,6,21],[5,12,22,8,1],[5,12,8,1]],
+   [[17,9,4],[17,22,20,7,1],[1],[8,1],[4,1],[1]],
    [[4,2,5,7,11],[17,9,6,17,1],[9,7,8,1],[12,3,7,1],[15,19,12,12,1],[11,7,14,15,13]]],
   [[[20],[7,15,1],[7,15,1],[7,15,1],[7,15,1],[7,15,1]],
    [[3,6,2],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1],[17,10,13,0,1]],
@@ -1613,7 +1520,7 @@ def vector_models(kind):
         weight.requires_grad = "c_attn.bias" not in name
         weight.data = torch.tensor(values.tolist()) * weight.requires_grad
     start, reference = [copy.deepcopy(model).requires_grad_(False) for _ in range(2)]
-    return osp.Models(vector_tokenizer(), model, start, reference, judge=start)
+    return Models(vector_tokenizer(), model, start, reference, judge=start)
 
 
 def parameters_of(model, part, name):
@@ -1623,7 +1530,7 @@ def parameters_of(model, part, name):
 
 
 def loss_vectors():
-    """Strengths, and losses and their gradients at the points of a grid."""
+    """Strengths, losses and their gradients at the points of a grid, and TSO's labels."""
     given = GIVEN["average"]
     found = given | {"strength": osp.averaged_strength(*map(torch.tensor, given.values()))}
     for name, loss in (("spce", osp.spce_loss), ("dual_clip", osp.dual_clip_loss)):
@@ -1632,7 +1539,10 @@ def loss_vectors():
         losses = loss(*rewards, *inputs[2:])
         [gradients] = torch.autograd.grad(losses.sum(), rewards)
         found |= {f"{name}.inputs": inputs, f"{name}.loss": losses, f"{name}.gradients": gradients}
-    return found
+    pairs = [pair_of(*[Candidate([], "", one) for one in writers]) for *writers, _ in GIVEN["cases"]]
+    with mock.patch.object(osp, "judge_pairs", lambda *_: [p for *_, p in GIVEN["cases"]]):
+        labels = osp.corrected_labels(None, pairs, Arguments(label_margin=0.25))
+    return found | {"label_margin": 0.25, "cases": GIVEN["cases"], "labels": labels}
 
 
 def pair_vectors():
@@ -1643,9 +1553,9 @@ def pair_vectors():
 
 def optimizer_vectors():
     """Gradients whose norms are below, above and at the clip; and schedules."""
-    given, args = GIVEN["adamw"], osp.Arguments(lr_scheduler_type="constant")
+    given, args = GIVEN["adamw"], Arguments(lr_scheduler_type="constant")
     weight, norms, parameters = torch.nn.Parameter(torch.tensor(given["start"])), [], []
-    models = osp.Models(None, torch.nn.ParameterList([weight]))
+    models = Models(None, torch.nn.ParameterList([weight]))
     osp.start_training(models, given["learning_rate"], 3, args)
     for gradient in given["gradients"]:
         weight.grad = torch.tensor(gradient)
@@ -1659,12 +1569,10 @@ def draw_vectors():
     """Single draws from given logits, some at the ends and at the steps of the cumulative sum."""
     given = GIVEN["draws"]
     logits, noise = torch.tensor(given["logits"]), torch.tensor(given["noise"], dtype=torch.float64)
-    model = mock.Mock(
-        ["config", "device", "shares_prompts", "words"], config=transformers.LlamaConfig(), device="cpu",
-        words=None,
-        side_effect=lambda input_ids, **_: types.SimpleNamespace(logits=logits[input_ids]))
-    prompts = [[i] for i in range(len(logits))]
-    return given | {"ids": osp.sample(model, prompts, noise[:, None], given["temperature"], [])}
+    model = mock.Mock(device="cpu", words=None)
+    with mock.patch.object(osp, "prefill", lambda *_: (None, logits, None)):
+        ids = osp.sample(model, None, noise[:, None], given["temperature"], [])
+    return given | {"ids": ids}
 
 
 def text_vectors():
@@ -1682,14 +1590,20 @@ def text_vectors():
 
 def model_vectors(kind):
     """What a model says of given tokens, judges and samples."""
-    models, args, given = vector_models(kind), osp.Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
+    models, args, given = vector_models(kind), Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
     prompts, responses = given.values()
     ids, mask = osp.padded(prompts, responses, "cpu")
     texts = [GIVEN["text"][name] for name in ("prompts", "a", "b")]
     rows, step = [row_of("rain is", 3), row_of("tea", 8)], 6
-    samples = osp.sample_policy(models, rows, step, args)
+    with mock.patch.object(osp, "SAMPLING_BATCH_SIZE", 3):
+        samples, inside = osp.sample_policy(models, rows, step, args), {}
+    for name, module in models.reference.named_modules():
+        if ".0" in name and not name.endswith("attn"):  # which gives more than a tensor
+            note = lambda *args, name=name: inside.update({f"inside.{name}": args[2][0]})
+            module.register_forward_hook(note)
+    models.reference(torch.tensor([prompts[0] + responses[0]]))
     return GIVEN[kind] | parameters_of(models.start, "data", "weights") | given | {
-        "input_ids": ids, "attention_mask": mask,
+        "input_ids": ids, "attention_mask": mask} | inside | {
         "logits": osp.forward(models.start, ids, mask) * mask[:, :, None],
         "token_logps": osp.token_logps(models.start, prompts, responses),
         "logps": osp.response_logps(models.start, prompts, responses, 3),
@@ -1700,7 +1614,7 @@ def model_vectors(kind):
 
 def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
-    models, args, found = vector_models("rotary"), osp.Arguments(**GIVEN["arguments"]), {}
+    models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
     for task, texts in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
         loss = osp.supervised_loss(models.policy, *texts, args)
         found |= {f"{task}.prompt_ids": texts[0], f"{task}.target_ids": texts[1], f"{task}.loss": loss}
@@ -1713,27 +1627,23 @@ def given_samples(tokenizer, samples, K):
     for i, (prompt, *ids) in enumerate(samples):
         rows.append(row_of(tokenizer.decode(prompt), i, prompt))
         texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-        candidates.append(list(map(osp.Candidate, ids[:K], texts, range(K))))
+        candidates.append(list(map(Candidate, ids[:K], texts, range(K))))
     return rows, candidates
 
 
 def step_vectors(kind, method, own):
     """Steps of a method with given responses: its stages, but for `sample`, and what they leave."""
     found = GIVEN["arguments"] | own
-    args, models, pairs = osp.Arguments(**found), vector_models(kind), []
+    args, models = Arguments(**found), vector_models(kind)
     osp.start_training(models, args.learning_rate, 4, args)
     models.optimizer.zero_grad = mock.Mock()  # gradients stay to be read
-
-    def update(models, kept, *rest):
-        pairs.extend(kept)
-        return osp.update(models, kept, *rest)
-
     for step, samples in enumerate(GIVEN["samples"]):
         models.policy.zero_grad()
-        pairs.clear()
         rows, candidates = given_samples(models.tokenizer, samples, args.num_generations)
+        update = mock.Mock(wraps=osp.update)
         stages = dataclasses.replace(method(args), sample=lambda *_: candidates, update=update)
         metrics = osp.train_step(models, rows, stages, step, args)
+        pairs = sum([call.args[1] for call in update.call_args_list], [])
         items = {
             "prompt_ids": [row.ids for row in rows],
             "responses": [[one.ids for one in row] for row in candidates],
@@ -1751,8 +1661,8 @@ def step_vectors(kind, method, own):
 
 
 def spce_method(args):
-    """osp.Method, whose defaults do not follow a break."""
-    return osp.Method(score=osp.ranking_scores, strength=osp.judge_pairs, loss=osp.spce_loss)
+    """Method, whose defaults do not follow a break."""
+    return Method(score=osp.ranking_scores, strength=osp.judge_pairs, loss=osp.spce_loss)
 
 
 VECTORS = {  # file -> what makes its items
@@ -1806,26 +1716,25 @@ def gaps(found, right):
     for name, value in right.items():
         (ours, our_text), (theirs, their_text) = numbers(value), numbers(found.get(name))
         known = [part for part in ("other", *name.split(".")) if part in TOLERANCES]
-        result[name] = math.inf
-        if our_text == their_text:
-            gap = abs(ours - theirs) / np.maximum(1, abs(ours))
-            result[name] = gap.max(initial=0) / TOLERANCES[known[-1]]
+        same = our_text == their_text
+        gap = abs(ours - theirs) / np.maximum(1, abs(ours)) if same else np.array([math.inf])
+        result[name] = gap.max(initial=0) / TOLERANCES[known[-1]]
     return result
 
 
-GOLDEN = json.loads("""{"loss": -7.64813280231, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
-"draws": -3.1507149951, "text": 7.33497410936, "rotary": 48.6445216071, "absolute": -15.3018313951,
-"sft": 1.55703811337, "steps_rotary": 18.0598876009, "steps_absolute": 40.9381050269,
-"steps_tso": 56.219246951}""")
+GOLDEN = json.loads("""{"loss": -6.28508833718, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
+"draws": 1.49614943708, "text": 1.66665054308, "rotary": -12.4309297713,
+"absolute": -32.1096449135, "sft": 1.55703811337, "steps_rotary": 11.7559205,
+"steps_absolute": -33.9636054548, "steps_tso": 19.1716420577}""")
 
 
-@pytest.mark.parametrize("file", VECTORS)
+@mark.parametrize("file", VECTORS)
 def test_vectors_are_those_of_yesterday_and_float32_is_within_their_tolerances(file):
     """Each number has its own weight in a sum; arcsinh keeps the large from hiding the small."""
     right = right_vectors(file)
     values, _ = numbers(list(right.values()))
     total = np.arcsinh(values) @ np.cos(np.arange(len(values)))
-    assert total == pytest.approx(GOLDEN[file], rel=1e-8, abs=1e-8)
+    assert total == approx(GOLDEN[file], rel=1e-8, abs=1e-8)
     found = gaps(vectors(file), right)
     assert max(found.values()) < 1, max(found, key=found.get)
     for scores in itertools.chain(*(right[name] for name in right if name.endswith("scores"))):
@@ -1879,6 +1788,11 @@ BREAKS = {
         "loss", "spce_loss", lambda real, one, two, p: real(one, two, p.where(p != 0.5, 1.0))),
     "the dual clip takes soft labels": ("loss", "dual_clip_loss", lambda real, one, two, p, clip: (
         p * real(one, two, p > -1, clip) + (1 - p) * real(one, two, p < -1, clip))),
+    "a strength at the margin has a label": (
+        "loss", "corrected_labels", lambda real, models, pairs, args: real(
+            models, pairs, Arguments(label_margin=args.label_margin - 1e-9))),
+    "no human corrects a label": ("loss", "corrected_labels", lambda real, models, pairs, args: real(
+        models, [pair_of("", "") for _ in pairs], args)),
     "the second order is not asked": ("loss", "averaged_strength", lambda real, p, q: p),
     "an odd K leaves out the last": (
         "pairs", "ranked_pairs", lambda real, scores: real(scores[: len(scores) // 2 * 2])),
@@ -1897,12 +1811,14 @@ BREAKS = {
     "noise is rounded to float32": ("draws", "sample", lambda real, model, prompts, noise, *rest: real(
         model, prompts, noise.to(torch.float32).double(), *rest)),
     "no temperature": ("draws", "sample", lambda real, *args: real(*args[:3], 1.0, args[4])),
-    "samples have no EOS": ("rotary", "sample", lambda real, *args: [
-        [i for i in ids if i != 1] for ids in real(*args)]),
     "samples go on after EOS": ("rotary", "sample", lambda real, *args: real(*args[:4], [-1])),
     "all prompts have one noise": ("rotary", "sampling_noise", lambda real, seed, step, _, *more: real(
         seed, step, 0, *more)),
     "no quotes": ("text", "quoted", lambda real, text: text),
+    "a line of white space is quoted": ("text", "quoted", lambda real, text: "\n".join(
+        "> " + line for line in text.splitlines() if line) or "> "),
+    "only a line feed ends a line": (
+        "text", "quoted", lambda real, text: real(text.replace("\u2028", " "))),
     "the prompt is no transcript": ("text", "transcript", lambda real, prompt: prompt),
     "A and B change places": ("text", "judge_question", lambda real, x, a, b: real(x, b, a)),
     "verdicts change places": ("text", "verdict_format", lambda real, one: ("", *real(one)[:0:-1])),
@@ -1924,6 +1840,8 @@ BREAKS = {
         "steps_rotary", "spce_loss", lambda real, one, two, p: real(one, two / 0.5, p)),
     "a strength is at least 1/2": ("steps_rotary", "judge_pairs", lambda real, *args: [
         max(p, 1 - p) for p in real(*args)]),
+    "equal texts of different ids are no pair": ("steps_rotary", "judge_pairs", lambda real, *args: [
+        p if p != 0.5 else None for p in real(*args)]),
     "the baseline is not ranked": ("steps_rotary", "ranking_scores", lambda real, *args: [
         [0.5, *scores[1:]] for scores in real(*args)]),
     "the schedule moves without pairs": (
@@ -1931,7 +1849,6 @@ BREAKS = {
     "the optimizer moves without pairs": (
         "steps_rotary", "train_step", functools.partial(moving_without_pairs, "optimizer")),
     "the trainer ignores position ids": ("steps_absolute", "forward", unplaced),
-    "small gradients are clipped": ("steps_absolute", "nn.utils.clip_grad_norm_", always_clipped),
     "a tied weight has the output's gradient": (
         "steps_absolute", "nn.Embedding.forward", lambda real, *args: real(*args).detach()),
     "the reference never moves": ("steps_tso", "move_reference", lambda real, *args: None),
@@ -1943,7 +1860,7 @@ BREAKS = {
         models, pairs, dataclasses.replace(args, label_margin=0.0)))}
 
 
-@pytest.mark.parametrize("name", BREAKS)
+@mark.parametrize("name", BREAKS)
 def test_vectors_notice_a_wrong_port(name, monkeypatch):
     file, where, wrong = BREAKS[name]
     right = right_vectors(file)  # made before the break
@@ -1977,7 +1894,7 @@ def data_responses(models, rows, step, args):
         found = []
         for text in sum(row.responses[: args.num_generations // 2], []):
             [ids] = osp.encode_responses(models.tokenizer, [row.prompt], [text], args.max_new_tokens)
-            found.append(osp.Candidate(ids, text, "data"))
+            found.append(Candidate(ids, text, "data"))
         candidates.append(found)
     return candidates
 
@@ -2029,7 +1946,8 @@ def changed(method, **stages):
 
 def tso_matrix(roles, with_human):
     """TSO with another model matrix."""
-    return lambda args: dataclasses.replace(osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
+    return lambda args: dataclasses.replace(
+        osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
 
 
 def collecting(args):
@@ -2044,7 +1962,7 @@ OFFLINE = changed(OSP, sample=data_responses, score=equal_scores, pair=adjacent_
 ABLATIONS = {
     "spce": OSP,
     "dpo": changed(OSP, loss=dpo_loss),
-    "ipo": lambda args: osp.Method(loss=functools.partial(ipo_loss, beta=args.beta)),
+    "ipo": lambda args: Method(loss=functools.partial(ipo_loss, beta=args.beta)),
     "sampled_once": changed(OSP, sample=sample_once),
     "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, args: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
@@ -2057,18 +1975,12 @@ ABLATIONS = {
     "tso_no_human": tso_matrix(["policy", "reference", "start"], with_human=False),
     "tso_no_corrections": changed(osp.tso, strength=labels_by_source),
     "tso_no_clip": lambda args: osp.tso(dataclasses.replace(args, dual_clip=math.inf)),
-    "tso_fixed": changed(osp.tso, after_step=osp.Method().after_step, moves_reference=False)}
+    "tso_fixed": changed(osp.tso, after_step=Method().after_step, moves_reference=False)}
 NOISE = {}
 for percent, kind in itertools.product(("00", "20", "40"), ("noisy", "drawn")):
     labels = functools.partial(noisy_labels, noise=int(percent) / 100, drawn=kind == "drawn")
     NOISE[f"{kind}_{percent}"] = changed(OSP, sample=sample_once, strength=labels)
 VARIANTS = ABLATIONS | NOISE | {"collect": collecting}
-
-
-def builtin_pairs(split):
-    """A split's (prompt, chosen, rejected)s."""
-    rows = map(osp.parse_row, osp.builtin_preferences()[split])
-    return [row for row in rows if isinstance(row, tuple)]
 
 
 def variant_world():
@@ -2083,19 +1995,17 @@ def test_losses_and_pairs_for_comparison_by_hand():
     rewards, p = (torch.tensor([0.1] * 3), torch.tensor([-0.1] * 3)), torch.tensor([0.9, 0.2, 0.5])
     assert torch.equal(dpo_loss(*rewards, p), osp.spce_loss(*rewards, torch.tensor([1.0, 0.0, 0.5])))
     expected = [(2 - 5) ** 2, (-2 - 5) ** 2, 25]  # 1 / (2 * 0.1) is 5
-    assert ipo_loss(*rewards, p, beta=0.1).tolist() == pytest.approx(expected, rel=1e-5)
-    scores = [0.5, 0.9, 0.1, 0.7, 0.6]
-    assert VARIANTS["best_worst"](None).pair(scores) == [(1, 2)]
-    assert adjacent_pairs(scores) == [(1, 3), (4, 0)]  # the worst is left out
+    assert ipo_loss(*rewards, p, beta=0.1).tolist() == approx(expected, rel=1e-5)
+    assert adjacent_pairs([0.5, 0.9, 0.1, 0.7, 0.6]) == [(1, 3), (4, 0)]  # the worst is left out
 
 
 def test_noisy_and_drawn_labels(monkeypatch):
     monkeypatch.setattr(osp, "judge_pairs", lambda models, pairs, args: [0.9] * len(pairs))
-    pairs = [pair_of(osp.Candidate([i], ""), "") for i in range(5000)]
-    noisy, drawn = [noisy_labels(None, pairs, osp.Arguments(), 0.25, drawn) for drawn in (False, True)]
-    assert noisy[0] == pytest.approx(0.75 * 0.9 + 0.25 * 0.1)
+    pairs = [pair_of(Candidate([i], ""), "") for i in range(5000)]
+    noisy, drawn = [noisy_labels(None, pairs, Arguments(), 0.25, drawn) for drawn in (False, True)]
+    assert noisy[0] == approx(0.75 * 0.9 + 0.25 * 0.1)
     assert set(drawn) == {0.0, 1.0}
-    assert np.mean(drawn) == pytest.approx(0.7, abs=0.02)
+    assert np.mean(drawn) == approx(0.7, abs=0.02)
 
 
 def test_which_candidates_are_the_same_in_every_step():
@@ -2108,15 +2018,7 @@ def test_which_candidates_are_the_same_in_every_step():
         assert [[pair.better.text, pair.worse.text] for pair in found] == row.responses[:3]
 
 
-def test_labels_of_tso_without_corrections(monkeypatch):
-    monkeypatch.setattr(osp, "judge_pairs", lambda *_: None)
-    writers = "start", "policy", *osp.HUMAN
-    start, policy, chosen, rejected = [osp.Candidate([], "", writer) for writer in writers]
-    pairs = [(start, policy), (policy, start), (policy, rejected), (rejected, chosen), (start, start)]
-    assert labels_by_source(None, [pair_of(*pair) for pair in pairs], None) == [0, 1, 0, 0, None]
-
-
-@pytest.mark.parametrize("name", VARIANTS)
+@mark.parametrize("name", VARIANTS)
 def test_every_variant_makes_a_step(name):
     models, rows, args = variant_world()
     metrics = osp.train_step(models, rows, VARIANTS[name](args), 0, args)
@@ -2153,14 +2055,14 @@ def bench_step(K, bf16):
     policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
                   num_hidden_layers=4, num_attention_heads=4)
     start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
-    models = osp.Models(tokenizer, policy, start, reference=start, judge=start)
+    models = Models(tokenizer, policy, start, reference=start, judge=start)
     osp.start_training(models, 1e-4, 100, args)
     texts = np.random.default_rng(0).choice(BENCH_WORDS, (8, 32))
     rows = osp.distinct_prompts(tokenizer, [(" ".join(text),) for text in texts], 8)
     with FlopCounterMode(display=False) as counter:
-        osp.train_step(models, rows, osp.Method(), 0, args)
+        osp.train_step(models, rows, Method(), 0, args)
     seconds, names = [], ("sample", "score", "strength", "reference", "update")
-    method = osp.Method(**{name: timed(getattr(osp.Method(), name), seconds) for name in names})
+    method = Method(**{name: timed(getattr(Method(), name), seconds) for name in names})
     for step in (1, 2):
         osp.train_step(models, rows, method, step, args)
     return np.minimum(seconds[:5], seconds[5:]), counter.get_total_flops()
