@@ -1899,11 +1899,6 @@ def data_responses(models, rows, step, args):
     return candidates
 
 
-def equal_scores(models, rows, candidates, args):
-    """No ranking: responses pair by their order, which among samples of one policy means nothing."""
-    return [[0.5] * len(found) for found in candidates]
-
-
 def adjacent_pairs(scores):
     """Best with second best, and so on downwards; an odd K leaves out the worst."""
     order = sorted(range(len(scores)), key=scores.__getitem__, reverse=True)
@@ -1958,7 +1953,7 @@ def collecting(args):
 
 
 OSP, COLLECTING = osp.METHODS["osp"], osp.METHODS["collect"]
-OFFLINE = changed(OSP, sample=data_responses, score=equal_scores, pair=adjacent_pairs)
+OFFLINE = changed(OSP, sample=data_responses, score=osp.equal_scores, pair=adjacent_pairs)
 ABLATIONS = {
     "spce": OSP,
     "dpo": changed(OSP, loss=dpo_loss),
@@ -1966,7 +1961,7 @@ ABLATIONS = {
     "sampled_once": changed(OSP, sample=sample_once),
     "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, args: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
-    "random": changed(OSP, score=equal_scores),
+    "random": changed(OSP, score=osp.equal_scores),
     "best_worst": changed(OSP, pair=lambda scores: osp.ranked_pairs(scores)[:1]),
     "adjacent": changed(OSP, pair=adjacent_pairs),
     "one_order": changed(OSP, strength=one_order),
