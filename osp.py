@@ -97,8 +97,9 @@ class MethodArguments:
 
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
 def load_model(name, args, dtype=torch.float32):
-    """A causal LM and its tokenizer; no name: the built-in ones. It is trained in the mode without
-    dropout, so that at the first step pi_theta is pi_SFT. Raises Stop."""
+    """A causal LM and its tokenizer; no name: the built-in ones. It is trained in eval mode, without
+    dropout, so that at the first step pi_theta is pi_SFT; --gradient_checkpointing alone needs the other
+    mode. What the check at load finds stands on the model: shares_prompts, words. Raises Stop."""
     if name is None:
         return builtin_model(args.seed)
     trust = args.trust_remote_code
@@ -179,7 +180,7 @@ def padded(prompt_ids: list[Ids], response_ids: list[Ids], device) -> tuple[Tens
 def forward(model, ids, mask, keep=0, cache=None):
     """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all). The mask
     covers what is cached, too."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # they skip all padding
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # of the ids; they skip padding
     return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
                  use_cache=cache is not None, logits_to_keep=keep).logits
 
@@ -188,7 +189,7 @@ def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=Fal
     """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
     `share` computes equal prompts once."""
     ids, mask = padded([[]] * len(response_ids), response_ids, model.device)
-    logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V): t predicts token t
+    logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V), of token t at t
     chosen = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
     return chosen.where(mask.bool(), 0.0)
 
@@ -253,11 +254,11 @@ def supervised_finetune(models, pairs, args):
 
 
 def supervised_loss(policy, prompts, targets, args):
-    """The mean loss over all target tokens of one task. accumulate_gradients(model, f, items, n, ...)
-    adds the gradient of the sum of all f(items)[0], over n, to what is there, by micro-batches; it
-    returns f(items)[1], a row an item, in the order of the items."""
+    """The mean loss over all target tokens of one task; adds its gradient to what is there."""
+    # accumulate_gradients calls this for micro-batches: losses to sum up, and a row to return for each
+    # item. The gradient is that of the sum over all items, divided by `tokens`.
     def losses_of(part):
-        """N sequences -> (N, T) losses, twice: to sum up, and to return."""
+        """N sequences -> (N, T) losses, twice."""
         losses = -token_logps(policy, *zip(*part))
         return losses, losses
 
@@ -305,9 +306,8 @@ def sample_policy(models, rows, step, args):
 def ranking_scores(models, rows, candidates, args):
     """Each prompt's candidates -> their scores 1 - Pr(A), where A is the prompt's first candidate and B
     the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges say
-    that OSP compares all with one baseline. Reconstruction: which one, since a response of the present
-    policy stays a fair measure as it improves; and that one order is asked, since a liking for A shifts
-    all K verdicts, and so leaves their order."""
+    that OSP compares all with one baseline. Reconstruction: the first response, which improves along
+    with the policy; and one order, since a liking for A moves all K scores, so their order stays."""
     texts = []
     for row, found in zip(rows, candidates):
         texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
@@ -460,7 +460,7 @@ def update(models, pairs, method, step, args):
 # 11. One step, the whole run, and the table of stages ---------------------------------------------
 def make_pairs(models, rows, method, step, args):
     """A step before its update: each row's candidates and pairs. Pairs of identical responses, whose
-    gradient is 0, get no strength, nor do those a method is unsure of."""
+    gradient is 0, get no strength, nor do those whose strength is None in a variant."""
     candidates, pairs = method.sample(models, rows, step, args), []
     scores = method.score(models, rows, candidates, args)
     for row, found, row_scores in zip(rows, candidates, scores):
@@ -478,7 +478,7 @@ def make_pairs(models, rows, method, step, args):
 def train_step(models, rows, method, step, args):
     """One step of the paper's Figure 2. Pairs without a strength are left out of the mean; where none is
     kept, weights and schedule stay. Returns the step's line of metrics.jsonl."""
-    candidates, pairs = in_parallel(make_pairs, models, rows, method, step, args)
+    candidates, pairs = in_parallel(make_pairs, models, rows, method, step, args)  # of all processes
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
@@ -542,7 +542,7 @@ def run_method(args) -> dict:
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args), others=others)
-        if data.sft_pairs and path == args.model_name_or_path:  # else the model at `path` is pi_SFT
+        if data.sft_pairs and path == args.model_name_or_path:  # else `path` is a pi_SFT
             supervised_finetune(models, data.sft_pairs, args)
             path = save_sft(models, args)
         models.start, _ = frozen(path, args)  # pi_SFT
