@@ -1,12 +1,10 @@
 # make run: the built-in task end to end.   make test: the tests.   make smoke: every stage in about ten seconds.
 # make bench: seconds a step by stage, against a matrix product.   make vectors: golden numbers for ports, in vectors/.
-# make ablations, make evidence, make collection: the README's tables and its picture, from runs in runs/. What is there
-# is not done again, and broken runs go on:  make ablations SEEDS="0 1" JOBS=2
+# make ablations, make evidence, make collection, make real MODEL=folder-or-hub-name: the README's tables and pictures,
+# from runs in runs/. What is there is not done again, and broken runs go on:  make ablations SEEDS="0 1" JOBS=2
 # More arguments for osp.py:  make run ARGS="--seed 1"
 # Without a GPU, the small build of torch:  make run PIP_FLAGS="--extra-index-url https://download.pytorch.org/whl/cpu"
 PYTHON ?= python3
-PIP_FLAGS ?=
-ARGS ?=
 BIN := .venv/bin
 # Else glibc gives every freed block back to the system, which then clears each of its pages anew: without that, SFT of
 # small models is 9% to 20% faster.
@@ -29,6 +27,11 @@ test: $(BIN)/ready
 bench ablations evidence collection: $(BIN)/ready
 	$(BIN)/python test_osp.py $@ $(ARGS)
 
+real: $(BIN)/ready
+	test -d $(or $(MODEL),$(error give MODEL=folder-or-hub-name)) || $(BIN)/hf download $(MODEL)
+	$(BIN)/pip install -q --disable-pip-version-check vaderSentiment==3.3.2
+	$(BIN)/python test_osp.py real $(MODEL) $(ARGS)
+
 vectors: $(BIN)/ready
 	$(BIN)/python test_osp.py vectors vectors
 
@@ -39,4 +42,4 @@ $(BIN)/ready: requirements.txt
 	$(BIN)/pip install -q --disable-pip-version-check $(PIP_FLAGS) -r requirements.txt
 	touch $@
 
-.PHONY: run smoke test bench vectors ablations evidence collection
+.PHONY: run smoke test bench vectors ablations evidence collection real

@@ -2075,7 +2075,7 @@ def bench(*only):
         print(f"{K} {bf16!s:>6} {threads:>7}", *[f"{figure:7.2f}" for figure in figures], flush=True)
 
 
-# Experiments: make ablations, make evidence, make collection --------------------------------------
+# Experiments: make ablations, make evidence, make collection, make real ---------------------------
 LONG = {"long_spce": "strengths (SPCE)", "long_dpo": "the same, rounded to 0 or 1 (DPO)"}
 CLIPS = {"spce": "OSP", "tso": "TSO", "tso_no_clip": "TSO, no clip", "tso_fixed": "TSO, fixed reference"}
 SIZES = {f"prompts_{n}": f"--method spce --num_train_prompts {n} --num_train_epochs 99 --max_steps 117 "
@@ -2091,6 +2091,32 @@ COLLECTIONS = {  # name -> how the labels are collected
     "steps_1_2_3": f"{WITH_POLICY} --num_train_prompts 2080",  # and the filter
     # a filter that keeps the large gaps instead
     "landslides": f"{WITH_POLICY} --num_train_prompts 2080 --min_strength 0.95 --max_strength 1"}
+REAL = {"real_spce": "OSP", "real_dpo": "the same strengths, rounded (DPO)",
+        "real_sampled_once": "OSP, sampled once", "real_offline_dpo": "the data's own pairs (DPO)"}
+OF_REAL = """--dataset_name runs/real/data --max_new_tokens 40 --micro_batch_size 16
+    --num_eval_prompts 128 --sft_max_steps 800 --sft_batch_size 8 --sft_learning_rate 1e-3"""
+OPENINGS = """One day, {0} went to the {1} and found a {2}.
+{0} was in the {1} with a {2}. Then a friend came.
+Once upon a time, there was a {2} in the {1}. {0} saw it.
+In the morning {0} lost a {2} near the {1}.
+{0} had a {2}. One night {0} took it to the {1}.
+A {2} was on the road to the {1}. {0} stopped."""
+WORDS = """Lily Tom Mia Ben Sue Max Anna Tim Lucy Sam Jane Jack
+park garden forest kitchen school beach farm lake
+ball hat box bird dog key boat cake book frog"""
+SETS = {"sft": 1000, "train": 200, "test": 200}  # openings of each split; none has two
+
+
+@functools.cache
+def vader():
+    """What knows the sentiment of English words; only `make real` installs it."""
+    from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+    return SentimentIntensityAnalyzer().polarity_scores
+
+
+def sentiment(prompt, response):
+    """The true reward of a story, from -1 to 1."""
+    return vader()(response)["compound"]
 
 
 EXPERIMENTS = {name: f"--method {name}" for name in ABLATIONS} | SIZES  # a run's name -> its flags
@@ -2100,6 +2126,11 @@ for name in LONG:
 for name, flags in COLLECTIONS.items():  # 400: later a judge of 1,500 pairs knows its labels by heart
     EXPERIMENTS[name] = "--sft_max_steps 400"
     EXPERIMENTS[f"{name}_labels"] = f"--sft_max_steps 400 --method collect {flags}"
+for name in REAL:
+    VARIANTS[name] = changed(VARIANTS[name.removeprefix("real_")], gold=sentiment)
+    EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.5 --learning_rate 2e-4
+        --prompts_per_step 8 --max_steps 32 --eval_steps 8"""
+EXPERIMENTS["real_sft"] = f"--method real_spce {OF_REAL} --dataset_train_split sft --max_steps 0"
 
 
 def folder_of(name, seed):
@@ -2129,19 +2160,23 @@ def sft_of(name, seed, more):
 def run_experiment(name, seed, *more):
     """python test_osp.py run NAME SEED [arguments of osp.py]: one run of a table."""
     argv = argv_of(name, seed, more)
-    if name == "spce":
+    if name in ("spce", "real_sft"):
         osp.main(argv)
     elif name in COLLECTIONS:
         collect_and_train(name, seed, more)
     else:
-        with sft_of("spce", seed, more):
+        with sft_of("real_sft" if name in REAL else "spce", seed, more):
             osp.main(argv)
+
+
+def as_dataset(pairs):
+    """(prompt, chosen, rejected)s as rows with these columns."""
+    return datasets.Dataset.from_dict(dict(zip(("prompt", "chosen", "rejected"), zip(*pairs))))
 
 
 def training_on(pairs):
     """With this the built-in task has these (prompt, chosen, rejected)s to train on."""
-    columns = dict(zip(("prompt", "chosen", "rejected"), zip(*pairs)))
-    splits = osp.builtin_preferences() | {"train": datasets.Dataset.from_dict(columns)}
+    splits = osp.builtin_preferences() | {"train": as_dataset(pairs)}
     return mock.patch.object(osp, "builtin_preferences", lambda: splits)
 
 
@@ -2169,8 +2204,8 @@ def finish_run(name, seed, more):
     """Does what is missing of a run. Raises Stop."""
     folder = folder_of(name, seed)
     if not (folder / "summary.json").exists():
-        words = [sys.executable, __file__, "run", name, seed, *more]
-        done = subprocess.run(words, capture_output=True, text=True)
+        done = subprocess.run([sys.executable, __file__, "run", name, seed, *more],
+                              capture_output=True, text=True)
         if done.returncode:
             reason = (done.stderr or "killed").splitlines()[-1]
             raise osp.Stop(f"{folder} is not finished: {reason}", code=1)
@@ -2191,18 +2226,18 @@ def figures_of(folder):
     """A run's summary, the points (step, KL, gold) on its way, and figures of these."""
     run = json.loads((folder / "summary.json").read_text())
     lines = pd.read_json(folder / "metrics.jsonl", lines=True)
-    later = lines[["step", "eval_kl", "eval_gold_reward"]].dropna()
+    later = lines.reindex(columns=["step", "eval_kl", "eval_gold_reward"]).dropna()
     points = np.vstack([[0, 0, run["gold_reward_sft"]], later])
     golds = points[:, 2]
-    return run | {"points": points, "gold_at_KL_2": gold_at_kl_2(points), "best_gold": golds.max(),
-                  "gold_at_1/3": golds[len(golds) // 3]}
+    return run | {"points": points, "best_gold": golds.max(), "gold_at_1/3": golds[len(golds) // 3],
+                  "gold_at_KL_1": gold_at_kl(1, points), "gold_at_KL_2": gold_at_kl(2, points)}
 
 
-def gold_at_kl_2(points):
-    """Gold where training first reaches 2 nats, on the straight line between evaluations; or None."""
-    after = np.argmax(points[:, 1] >= 2)  # the first evaluation; 0 if there is none
+def gold_at_kl(nats, points):
+    """Gold where training first has this KL, on the straight line between evaluations; or None."""
+    after = np.argmax(points[:, 1] >= nats)  # the first evaluation; 0 if there is none
     if after:
-        return np.interp(2, *points[after - 1 : after + 1, 1:].T)
+        return np.interp(nats, *points[after - 1 : after + 1, 1:].T)
 
 
 def spread(values):
@@ -2225,8 +2260,8 @@ def print_table(figures, runs):
 
 def print_ablations(*more):
     """python test_osp.py ablations [arguments of osp.py]"""
-    figures = "win_rate_vs_sft ood_win_rate_vs_sft gold_reward gold_at_KL_2 kl distinct_4grams"
-    print_table(figures, finished_runs([*ABLATIONS], more))
+    print_table("win_rate_vs_sft ood_win_rate_vs_sft gold_reward gold_at_KL_2 kl distinct_4grams",
+                finished_runs([*ABLATIONS], more))
 
 
 def print_evidence(*more):
@@ -2244,6 +2279,38 @@ def print_collection(*more):
             truth = [osp.true_strength(*label) for label in labels_of(name, run["seed"])]
             run |= {"labels": len(truth), "against_the_truth": np.mean([p < 0.5 for p in truth])}
     print_table("judge_accuracy judge_overconfidence gold_reward labels against_the_truth", runs)
+
+
+def make_data(name):
+    """The pairs of `make real`: the model as it was given continues each opening 24 times, and the label
+    of two continuations is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
+    args = arguments(f"--model_name_or_path {name} --max_new_tokens 40")
+    (model, tokenizer), rng, splits = osp.frozen(name, args), random.Random(0), {}
+    texts = [(opening.format(*words),) for opening, *words in itertools.product(
+        OPENINGS.splitlines(), *map(str.split, WORDS.splitlines()))]
+    random.Random(0).shuffle(texts)
+    for split, size in SETS.items():
+        rows, pairs, texts = osp.distinct_prompts(tokenizer, texts, size), [], texts[size:]
+        found = osp.respond(model, tokenizer, rows, range(24), osp.EVALUATION + 1, args)
+        for row, own in zip(rows, found):
+            for one, two in osp.chunks([candidate.text for candidate in own], 2):
+                gap = sentiment(row.prompt, one) - sentiment(row.prompt, two)
+                first = rng.random() < 1 / (1 + math.exp(-4 * gap))
+                pairs.append((row.prompt, one, two) if first else (row.prompt, two, one))
+        rng.shuffle(pairs)
+        splits[split] = as_dataset(pairs)
+    datasets.DatasetDict(splits).save_to_disk("runs/real/data")
+
+
+def print_real(model, *more):
+    """python test_osp.py real MODEL [arguments of osp.py]: controlled sentiment on a real model."""
+    if not Path("runs/real/data").exists():
+        make_data(model)
+    runs = finished_runs(["real_sft", *REAL], ["--model_name_or_path", model, *more])
+    print_table("gold_reward gold_at_KL_1 kl distinct_4grams judge_accuracy judge_overconfidence", runs)
+    figure = Figure(layout="constrained")
+    draw_curves(figure.subplots(), "a real model: VADER's sentiment of stories", REAL, runs, 1)
+    save_picture(figure, "real.png")
 
 
 def draw_curves(axes, title, labels, runs, x):
@@ -2286,28 +2353,26 @@ def draw_reliability(axes, runs):
 
 def draw_evidence(runs):
     """Four panels: long training, TSO, noisy labels, the judge."""
-    from matplotlib.figure import Figure  # here, since it takes a second to load
-
     figure = Figure(figsize=(12, 9), layout="constrained")
     long, tso, noise, judge = figure.subplots(2, 2).flat
     draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
     draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
     draw_curves(noise, "strengths with noise; labels drawn from them", dict(zip(NOISE, NOISE)), runs, 0)
     draw_reliability(judge, runs["spce"])
+    save_picture(figure, "evidence.png")
+
+
+def save_picture(figure, name):
+    """A picture with a legend in each panel."""
     for axes in figure.axes:
         axes.legend(frameon=False, fontsize=8)
-    figure.savefig("runs/evidence/evidence.png", dpi=100)
-    print("\nPicture: runs/evidence/evidence.png")
+    figure.savefig(Path("runs/evidence", name), dpi=100)
+    print(f"\nPicture: runs/evidence/{name}")
 
 
 @pytest.fixture
 def experiments(tmp_path, monkeypatch):
-    """Runs of the tables are made in a folder of the test's own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
-
-
-def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments, monkeypatch):
+    """Runs of the tables are made in a folder of the test's own, by this process."""
     def start(words, **_):
         """In place of subprocess.run; ipo fails."""
         if "ipo" in words:
@@ -2315,9 +2380,14 @@ def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments, monkeypat
         run_experiment(*words[3:])
         return mock.Mock(returncode=0)
 
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(osp, "METHODS", osp.METHODS | VARIANTS)
     monkeypatch.setenv("SEEDS", "1")
     monkeypatch.setenv("JOBS", "1")
     monkeypatch.setattr(subprocess, "run", mock.Mock(side_effect=start))
+
+
+def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments):
     for _ in range(2):
         finished_runs(["spce", "dpo"], QUICK.split())
     assert [call.args[0][3:5] for call in subprocess.run.call_args_list] == [["spce", "1"], ["dpo", "1"]]
@@ -2331,12 +2401,13 @@ def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments, monkeypat
 
 
 def test_the_flags_of_every_run_are_known(experiments):
-    assert osp.parse_arguments(" ".join(EXPERIMENTS.values()).split()).method == "collect"
+    words = " ".join(EXPERIMENTS.values()) + " --model_name_or_path given"
+    assert osp.parse_arguments(words.split())
 
 
 def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
     trained = mock.Mock(side_effect=training_on)
-    monkeypatch.setattr(sys.modules[__name__], "training_on", trained)
+    monkeypatch.setitem(globals(), "training_on", trained)
     for name in ("base", "steps_1_2"):
         run_experiment(name, "0", *QUICK.split(), "--num_labels", "2")
     _, [unknown], [learned] = [call.args for call in trained.call_args_list]
@@ -2346,17 +2417,28 @@ def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
     assert counts["pairs"] == counts["prompts_kept"] == 6  # of 12; a pair each
 
 
+def test_a_real_model_learns_from_its_own_continuations(experiments, capsys):
+    with mock.patch.multiple(__name__, SETS={"sft": 6, "train": 4, "test": 3}, REAL={"real_dpo": "DPO"},
+                             vader=lambda: lambda text: {"compound": 9 * (len(text) % 8)}):
+        print_real(saved("model", *osp.builtin_model(0)), *QUICK.split(), "--max_steps", "1")
+    rows = datasets.concatenate_datasets([*datasets.load_from_disk("runs/real/data").values()])
+    assert len(set(rows["prompt"])) == 13
+    assert all(len(row["chosen"]) % 8 >= len(row["rejected"]) % 8 for row in rows)
+    assert capsys.readouterr().out.count("\n| real_") == 2
+
+
 def test_figures_of_the_tables_by_hand(capsys):
     points = np.array([(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9), (3, 1.0, 0.0)])
-    assert gold_at_kl_2(points) == pytest.approx(1.4)
-    assert gold_at_kl_2(points[:2]) is None
+    assert gold_at_kl(2, points) == approx(1.4)
+    assert gold_at_kl(2, points[:2]) is None
     print_table("kl labels", {"dpo": [{"kl": 1.0}, {"kl": 2.0}, {}]})
     assert capsys.readouterr().out.endswith("\n| dpo | 1.500±0.707 (2 of 3) |  |\n")
 
 
 # Commands -----------------------------------------------------------------------------------------
 COMMANDS = {"run": run_experiment, "bench": bench, "vectors": write_vectors,
-            "ablations": print_ablations, "evidence": print_evidence, "collection": print_collection}
+            "ablations": print_ablations, "evidence": print_evidence, "collection": print_collection,
+            "real": print_real}
 
 if __name__ == "__main__":
     osp.METHODS |= VARIANTS
