@@ -855,7 +855,7 @@ def warnings(summary):
         "the strengths hardly differ from 1/2, so there is little to learn. Take a better judge.":
             at["strength_spread"] < 0.02,
         "responses grow, and the judge prefers the longer ones. Take a better judge, or fewer steps.":
-            growth > 1.2 and at["longer_preferred"] > 2 / 3,
+            at["self_judged"] and growth > 1.2 and at["longer_preferred"] > 2 / 3,
         "responses have become alike. Raise --beta, or take fewer steps.":
             at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
         "over half of the responses were cut off. Raise --max_new_tokens.":

@@ -783,7 +783,7 @@ def test_max_steps_0_only_evaluates(tmp_path):
     ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
 def test_figures_that_mean_nothing_are_warned_of(name, value):
     good = {
-        "held_out_prompts": 9, "self_judged": False, "cut_fraction": 0.1, "judge_pairs": 400,
+        "held_out_prompts": 9, "self_judged": True, "cut_fraction": 0.1, "judge_pairs": 400,
         "judge_accuracy": 0.56, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
         "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10,
         "longer_preferred": 0.8}
