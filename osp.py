@@ -786,7 +786,7 @@ def draw_curves(lines, path):
     import pandas  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
     curves = pandas.DataFrame(lines, columns=["step", *names], dtype=float).set_index("step")
-    axes = curves.interpolate().plot(subplots=True, layout=(2, 3), figsize=(11, 6), marker=".")
+    axes = curves.plot(subplots=True, layout=(2, 3), figsize=(11, 6), marker=".")
     with written_whole(path) as scratch:
         axes[0, 0].figure.savefig(scratch, format="png", dpi=110)
 
