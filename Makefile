@@ -1,4 +1,4 @@
-# make run: the built-in task end to end.   make test: the tests.   make smoke: every stage in about ten seconds.
+# make run: the built-in task end to end.   make test: the tests.   make smoke: every stage in half a minute.
 # make bench: seconds a step by stage, against a matrix product.   make vectors: golden numbers for ports, in vectors/.
 # make ablations, make evidence, make collection, make real MODEL=folder-or-hub-name: the README's tables and pictures,
 # from runs in runs/. What is there is not done again, and broken runs go on:  make ablations SEEDS="0 1" JOBS=2
