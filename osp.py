@@ -199,7 +199,7 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
     checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
-    share = model.shares_prompts and not checkpointing  # the check at load found it out
+    share = shares_prompts(model) and not checkpointing  # the check at load found it out
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     # equal prompts stand side by side, so that they are shared
     logps = torch.zeros(len(prompt_ids), device=model.device)
@@ -284,7 +284,7 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
     for uniform in noise.T:
-        logits = logits[:, : model.words].float()  # more may be embedded than the tokenizer has
+        logits = logits[:, : getattr(model, "words", None)].float()  # more may be embedded
         cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
         token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
         tokens.append(token.clamp_(max=cdf.shape[1] - 1))
@@ -1139,9 +1139,9 @@ def checked_model(model, tokenizer, keys, args):
     return model
 
 
-# What check_passes may change of a model: whether its keys and values can be shared, and how many words
-# its tokenizer has.
-transformers.PreTrainedModel.shares_prompts, transformers.PreTrainedModel.words = True, None
+def shares_prompts(model):
+    """Whether the keys and values of a prompt may be shared; check_passes finds it out."""
+    return getattr(model, "shares_prompts", True)
 
 
 def check_passes(model, training):
@@ -1158,7 +1158,7 @@ def check_passes(model, training):
     else:
         refuse(f"{model.name_or_path!r} cannot be used: by dropout, noise, or for lack of a cache, its "
                f"logits differ from those of its own passes over single sequences: {gaps}")
-    if not model.shares_prompts:
+    if not shares_prompts(model):
         print(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes, which are slower")
 
 
@@ -1167,7 +1167,7 @@ def passes_differ(model):
     """How far the logits of batches, and those that sampling sees, are from plain passes at most."""
     prompts, responses = [[2, 3, 4, 5, 6, 4], [3, 4]], [[5, 6, 4, 2, 3], [4, 3, 2]]
     ids, mask = padded([[], []], responses, model.device)
-    batch = response_logits(model, prompts, responses, model.shares_prompts)
+    batch = response_logits(model, prompts, responses, shares_prompts(model))
     cache, logits, seen = prefill(model, prompts)
     steps, plain = [logits], []
     for t in range(ids.shape[1] - 1):
@@ -1208,11 +1208,11 @@ def prefill(model, prompt_ids):
     prompts are computed once; all responses to one send their gradients through that computation."""
     distinct = {}  # prompt -> its row
     rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
-    prompts = list(distinct) if model.shares_prompts else prompt_ids
+    prompts = list(distinct) if shares_prompts(model) else prompt_ids
     ids, mask = padded(prompts, [[]] * len(prompts), model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
-    if not model.shares_prompts:
+    if not shares_prompts(model):
         return cache, logits, mask
     rows = torch.tensor(rows, device=model.device)
     cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
@@ -1241,7 +1241,7 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         of_prompt.setdefault(str(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
         shared = 0
-        if judge.shares_prompts:
+        if shares_prompts(judge):
             shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
         rows += [(ids[:shared], ids[shared:]) for ids in group]
     rows.sort(key=lambda row: (len(row[0]), row))
