@@ -51,6 +51,7 @@ from typing import Any, Literal
 import datasets
 import jinja2
 import numpy as np
+import pandas
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -418,16 +419,20 @@ def optimizer_step(models, loss, where, args):
     return grad_norm
 
 
+def number_of_steps(n, size, epochs, most):
+    """The steps of so many passes over n rows, or `most` where that is not -1."""
+    return most if most >= 0 else epochs * math.ceil(n / size)
+
+
 def sft_steps(pairs, args):
     """How many steps SFT makes."""
-    passes = args.sft_num_train_epochs * math.ceil(len(pairs) / args.sft_batch_size)
-    return passes if args.sft_max_steps < 0 else args.sft_max_steps
+    epochs, most = args.sft_num_train_epochs, args.sft_max_steps
+    return number_of_steps(len(pairs), args.sft_batch_size, epochs, most)
 
 
 def method_steps(rows, args):
     """How many steps the method makes."""
-    passes = args.num_train_epochs * math.ceil(len(rows) / args.prompts_per_step)
-    return passes if args.max_steps < 0 else args.max_steps
+    return number_of_steps(len(rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
 
 
 def step_indices(n, size, step, seed):
@@ -483,7 +488,7 @@ def train_step(models, rows, method, step, args):
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
     method.after_step(models, step, args)
-    return {"step": step + 1} | step_figures(models, candidates, pairs, method, args) | figures
+    return {"step": step + 1} | step_figures(models, candidates, pairs, kept, method, args) | figures
 
 
 def train(models, data, method, args):
@@ -766,9 +771,8 @@ def agreement(one, two):
     return (1 + one.sign() * two.sign()) / 2
 
 
-def step_figures(models, candidates, pairs, method, args):
-    """What a step sampled, paired, and saw before its update."""
-    kept = [pair for pair in pairs if pair.strength is not None]
+def step_figures(models, candidates, pairs, kept, method, args):
+    """What a step sampled, paired, and saw of the kept pairs before its update."""
     identical = sum(pair.better.ids == pair.worse.ids for pair in pairs)
     figures = described(models, sum(candidates, [])) | {
         "pairs": len(kept), "dropped_identical_pairs": identical,
@@ -783,12 +787,13 @@ def step_figures(models, candidates, pairs, method, args):
 
 def draw_curves(lines, path):
     """The lines of metrics.jsonl -> curves.png."""
-    import pandas  # here, since it takes a second to load
+    from matplotlib.figure import Figure  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
+    figure = Figure(figsize=(11, 6), layout="constrained")  # pyplot's own would stay open
     curves = pandas.DataFrame(lines, columns=["step", *names], dtype=float).set_index("step")
-    axes = curves.plot(subplots=True, layout=(2, 3), figsize=(11, 6), marker=".")
+    curves.plot(subplots=True, ax=figure.subplots(2, 3), marker=".")
     with written_whole(path) as scratch:
-        axes[0, 0].figure.savefig(scratch, format="png", dpi=110)
+        figure.savefig(scratch, format="png", dpi=110)
 
 
 def report(summary, models, data, gold, args):
@@ -1434,25 +1439,26 @@ def load_data(readers, args):
     enough = wanted + max(args.num_eval_prompts, args.num_eval_pairs)
     train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
     rows = usable_rows(train, unfit, enough, "training")
+    prompts = [transcript(row[0]) for row in rows]
     test = args.dataset_test_split
     if test is None and "test" in splits and args.dataset_train_split != "test":
         test = "test"
     if test:
         held_out = usable_rows(take_split(splits, test), unfit, -1, "held-out")
+        held = {transcript(row[0]) for row in held_out}
     else:
-        prompts = list(dict.fromkeys(transcript(row[0]) for row in rows))
-        some = prompts[: min(args.num_eval_prompts, max(1, len(prompts) // 10))]
-        held_out = [row for row in rows if transcript(row[0]) in some]
+        distinct = list(dict.fromkeys(prompts))
+        held = set(distinct[: min(args.num_eval_prompts, max(1, len(distinct) // 10))])
+        held_out = [row for row, prompt in zip(rows, prompts) if prompt in held]
+    kept = [row for row, prompt in zip(rows, prompts) if prompt not in held][:wanted]
     ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if "ood" in splits else []
-    prompts = {transcript(row[0]) for row in held_out}
-    kept = [row for row in rows if transcript(row[0]) not in prompts][:wanted]
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
-    distinct, few = functools.partial(distinct_prompts, tokenizer), args.num_eval_prompts
+    as_rows, few = functools.partial(distinct_prompts, tokenizer), args.num_eval_prompts
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
-    return Data(kept if sft else [], distinct(kept, args.num_train_prompts), distinct(held_out, few),
-                held_out_pairs, distinct(ood, few))
+    return Data(kept if sft else [], as_rows(kept, args.num_train_prompts), as_rows(held_out, few),
+                held_out_pairs, as_rows(ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
