@@ -2205,7 +2205,7 @@ def finish_run(name, seed, more):
     folder = folder_of(name, seed)
     if not (folder / "summary.json").exists():
         done = subprocess.run([sys.executable, __file__, "run", name, seed, *more],
-                              capture_output=True, text=True)
+                              capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
         if done.returncode:
             reason = (done.stderr or "killed").splitlines()[-1]
             raise osp.Stop(f"{folder} is not finished: {reason}", code=1)
@@ -2234,10 +2234,12 @@ def figures_of(folder):
 
 
 def gold_at_kl(nats, points):
-    """Gold where training first has this KL, on the straight line between evaluations; or None."""
+    """Gold where training first has this KL, between two evaluations; or None. It grows about as the
+    square root of KL does, so the line between them is straight in that."""
     after = np.argmax(points[:, 1] >= nats)  # the first evaluation; 0 if there is none
     if after:
-        return np.interp(nats, *points[after - 1 : after + 1, 1:].T)
+        _, kl, gold = points[after - 1 : after + 1].T
+        return np.interp(math.sqrt(nats), np.sqrt(kl.clip(0)), gold)
 
 
 def spread(values):
@@ -2429,7 +2431,7 @@ def test_a_real_model_learns_from_its_own_continuations(experiments, capsys):
 
 def test_figures_of_the_tables_by_hand(capsys):
     points = np.array([(0, 0.0, 0.3), (1, 1.0, 0.9), (2, 3.0, 1.9), (3, 1.0, 0.0)])
-    assert gold_at_kl(2, points) == approx(1.4)
+    assert gold_at_kl(2, points) == approx(0.9 + (2**0.5 - 1) / (3**0.5 - 1))
     assert gold_at_kl(2, points[:2]) is None
     print_table("kl labels", {"dpo": [{"kl": 1.0}, {"kl": 2.0}, {}]})
     assert capsys.readouterr().out.endswith("\n| dpo | 1.500±0.707 (2 of 3) |  |\n")
