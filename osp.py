@@ -1007,8 +1007,7 @@ def resumable_steps(name, steps, models, args):
         if RANK == 0:
             with writing(lines), lines.open("a") as file:
                 file.write(json.dumps(figures, allow_nan=False) + "\n")
-        shown = [f"{key} {figures[key]:.3f}" for key in SHOWN if key in figures]
-        bar.set_postfix_str(", ".join(shown))
+        bar.set_postfix({key: figures[key] for key in SHOWN if key in figures})
 
     for step in bar:
         yield step, log

@@ -2078,6 +2078,8 @@ def bench(*only):
 # Experiments: make ablations, make evidence, make collection, make real ---------------------------
 LONG = {"long_spce": "strengths (SPCE)", "long_dpo": "the same, rounded to 0 or 1 (DPO)"}
 CLIPS = {"spce": "OSP", "tso": "TSO", "tso_no_clip": "TSO, no clip", "tso_fixed": "TSO, fixed reference"}
+NOISES = {"noisy_00": "strengths", "drawn_00": "labels drawn", "noisy_20": "20% noise, strengths",
+          "drawn_20": "20%, drawn", "noisy_40": "40%, strengths", "drawn_40": "40%, drawn"}
 SIZES = {f"prompts_{n}": f"--method spce --num_train_prompts {n} --num_train_epochs 99 --max_steps 117 "
          "--eval_steps 39" for n in (50, 100, 400, 800)}
 LABELLED = 1500  # pairs from which the models that ask have learned; 500 more are collected
@@ -2359,7 +2361,7 @@ def draw_evidence(runs):
     long, tso, noise, judge = figure.subplots(2, 2).flat
     draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
     draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
-    draw_curves(noise, "strengths with noise; labels drawn from them", dict(zip(NOISE, NOISE)), runs, 0)
+    draw_curves(noise, "noisy verdicts: strengths, and labels drawn from them", NOISES, runs, 0)
     draw_reliability(judge, runs["spce"])
     save_picture(figure, "evidence.png")
 
