@@ -2048,7 +2048,7 @@ def bench_step(K, bf16):
     _, tokenizer = osp.builtin_model(0)
     tokenizer.add_tokens(BENCH_WORDS)
     policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
-                  num_hidden_layers=4, num_attention_heads=4)
+                  num_hidden_layers=4, num_attention_heads=4, initializer_range=0.02)
     start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
     models = Models(tokenizer, policy, start, reference=start, judge=start)
     osp.start_training(models, 1e-4, 100, args)
