@@ -2048,6 +2048,7 @@ def bench_step(K, bf16):
     _, tokenizer = osp.builtin_model(0)
     tokenizer.add_tokens(BENCH_WORDS)
     policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
+                  # larger weights would make gradients that are denormals, and slow
                   num_hidden_layers=4, num_attention_heads=4, initializer_range=0.02)
     start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
     models = Models(tokenizer, policy, start, reference=start, judge=start)
@@ -2078,8 +2079,9 @@ def bench(*only):
 # Experiments: make ablations, make evidence, make collection, make real ---------------------------
 LONG = {"long_spce": "strengths (SPCE)", "long_dpo": "the same, rounded to 0 or 1 (DPO)"}
 CLIPS = {"spce": "OSP", "tso": "TSO", "tso_no_clip": "TSO, no clip", "tso_fixed": "TSO, fixed reference"}
-NOISES = {"noisy_00": "strengths", "drawn_00": "labels drawn", "noisy_20": "20% noise, strengths",
-          "drawn_20": "20%, drawn", "noisy_40": "40%, strengths", "drawn_40": "40%, drawn"}
+NOISE_LABELS = {
+    "noisy_00": "strengths", "drawn_00": "labels drawn", "noisy_20": "20% noise, strengths",
+    "drawn_20": "20%, drawn", "noisy_40": "40%, strengths", "drawn_40": "40%, drawn"}
 SIZES = {f"prompts_{n}": f"--method spce --num_train_prompts {n} --num_train_epochs 99 --max_steps 117 "
          "--eval_steps 39" for n in (50, 100, 400, 800)}
 LABELLED = 1500  # pairs from which the models that ask have learned; 500 more are collected
@@ -2203,7 +2205,7 @@ def collect_and_train(name, seed, more):
 
 
 def finish_run(name, seed, more):
-    """Does what is missing of a run. Raises Stop."""
+    """Does what is missing of a run, in one thread, since JOBS of them share the cores. Raises Stop."""
     folder = folder_of(name, seed)
     if not (folder / "summary.json").exists():
         done = subprocess.run([sys.executable, __file__, "run", name, seed, *more],
@@ -2236,8 +2238,8 @@ def figures_of(folder):
 
 
 def gold_at_kl(nats, points):
-    """Gold where training first has this KL, between two evaluations; or None. It grows about as the
-    square root of KL does, so the line between them is straight in that."""
+    """Gold where training first has this KL, between two evaluations; or None. Gold grows about as the
+    square root of KL (Gao et al. 2023), so the line between them is straight in that."""
     after = np.argmax(points[:, 1] >= nats)  # the first evaluation; 0 if there is none
     if after:
         _, kl, gold = points[after - 1 : after + 1].T
@@ -2361,7 +2363,7 @@ def draw_evidence(runs):
     long, tso, noise, judge = figure.subplots(2, 2).flat
     draw_curves(long, "27 epochs: strengths come to rest, rounded labels run away", LONG, runs, 1)
     draw_curves(tso, "9 epochs: TSO's clip and moving reference", CLIPS, runs, 1)
-    draw_curves(noise, "noisy verdicts: strengths, and labels drawn from them", NOISES, runs, 0)
+    draw_curves(noise, "noisy verdicts: strengths, and labels drawn from them", NOISE_LABELS, runs, 0)
     draw_reliability(judge, runs["spce"])
     save_picture(figure, "evidence.png")
 
