@@ -28,7 +28,6 @@ log pi_reference), as in DPO. Of a Pair, 1 is the better response and 2 the wors
 A stage's `args` is an Arguments, its `models` a Models, its `rows` and `pairs` lists of Row and Pair.
 Arguments adds to section 1 what Part II needs, as micro_batch_size, the sequences of a forward pass.
 """
-import copy
 import dataclasses
 import difflib
 import fcntl
@@ -44,7 +43,7 @@ import sys
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -58,6 +57,7 @@ import torch.distributed as dist
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers.utils import find_adapter_config_file
 
 Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
 Ids = list[int]  # the token ids of one prompt or of one response
@@ -98,24 +98,35 @@ class MethodArguments:
 
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
 def load_model(name, args, dtype=torch.float32):
-    """A causal LM and its tokenizer; no name: the built-in ones. It is trained in eval mode, without
-    dropout, so that at the first step pi_theta is pi_SFT; --gradient_checkpointing alone needs the other
-    mode. What the check at load finds stands on the model: shares_prompts, words. Raises Stop."""
+    """A causal LM and its tokenizer; no name: the built-in ones. `dtype` is that of its Linear weights;
+    all others are fp32. It is trained in eval mode, without dropout, so that at the first step pi_theta
+    is pi_SFT; --gradient_checkpointing alone needs the other mode. What the check at load finds stands
+    on the model: shares_prompts, words. Raises Stop."""
     if name is None:
-        return builtin_model(args.seed)
-    trust = args.trust_remote_code
-    with trying(f"read {name!r} as a causal language model", FROM_HUB + "folder with safetensors"):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust)
-        model, keys = transformers.AutoModelForCausalLM.from_pretrained(
-            name, dtype=dtype, use_safetensors=True, trust_remote_code=trust, output_loading_info=True)
-    return checked_model(model, tokenizer, keys, args), tokenizer
+        model, tokenizer = builtin_model(args.seed)
+    else:
+        trust = args.trust_remote_code
+        with trying(f"read {name!r} as a causal language model", FROM_HUB + "folder with safetensors"):
+            check_files(name, trust)
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                name, trust_remote_code=trust, mistral_format=False)  # which has no chat template
+            model, keys = transformers.AutoModelForCausalLM.from_pretrained(
+                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust,
+                output_loading_info=True)
+        check_tokenizer(model, tokenizer, args)
+        check_weights(model, keys)
+        check_passes(model, args.gradient_checkpointing)
+    if args.bf16:
+        in_bf16(model, dtype)
+        check_passes(model, args.gradient_checkpointing, [shares_prompts(model)])
+    return model, tokenizer
 
 
 @dataclasses.dataclass
 class Models:
     """The models of a run by role. In OSP start, reference and judge are one: the frozen pi_SFT."""
     tokenizer: Any
-    policy: Any  # pi_theta, which the optimizer trains
+    policy: Any = None  # pi_theta, which the optimizer trains
     start: Any = None  # pi_SFT, with which evaluation compares; it never moves
     reference: Any = None  # of the loss
     judge: Any = None  # of the strengths
@@ -130,7 +141,7 @@ class Candidate:
     ids: Ids
     text: str
     source: str = "policy"  # who wrote it
-    score: float = 0.5  # in [0, 1]; by it the candidates of a prompt are ranked
+    score: float = 0.0  # by it the candidates of a prompt are ranked
 
 
 @dataclasses.dataclass
@@ -151,7 +162,7 @@ class Pair:
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
     verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
     ref_logps: tuple | None = None  # of the better and the worse one under the reference
-    seen: tuple | None = None  # by the update, before its step: loss, reward of the better, of the worse
+    before_update: list | None = None  # what its pass saw: loss, both rewards, mean log-ratio
 
 
 # 3. What the judge is asked -----------------------------------------------------------------------
@@ -164,35 +175,46 @@ def judge_question(prompt: Prompt, a: str, b: str) -> str:
 
 
 # 4. Log-probabilities of responses ----------------------------------------------------------------
-def padded(prompt_ids: list[Ids], response_ids: list[Ids], device) -> tuple[Tensor, Tensor]:
-    """N prompts padded on the left and N responses on the right, so that all meet at one column.
-    The mask goes by position and never by id, so it does not matter that 0 may be a token's id, too.
-    Prompts [1 2 3], [4], responses [5], [6 7] -> ids [[1 2 3 5 0], [0 0 4 6 7]] and
-    mask [[1 1 1 1 0], [0 0 1 1 1]]."""
-    halves = []
-    for rows, side in ((prompt_ids, "left"), (response_ids, "right")):
-        rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
-        halves.append(nn.utils.rnn.pad_sequence(
-            rows, batch_first=True, padding_value=-1, padding_side=side))
-    ids = torch.cat(halves, 1).to(device)
-    return ids.clamp(min=0), (ids >= 0).long()
+def padded(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
+    """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
+    matter that 0 may be a token's id, too."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
+    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
+
+
+def left_padded(prompts: list[Ids], device) -> tuple[Tensor, Tensor]:
+    """[1 2 3], [4] -> ids [[1 2 3], [0 0 4]] and mask [[1 1 1], [0 0 1]]: all prompts end together."""
+    return padded(prompts, "left", device)
+
+
+def right_padded(responses: list[Ids], device) -> tuple[Tensor, Tensor]:
+    """[5], [6 7] -> ids [[5 0], [6 7]] and mask [[1 0], [1 1]]: all responses begin together."""
+    return padded(responses, "right", device)
 
 
 def forward(model, ids, mask, keep=0, cache=None):
-    """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all). The mask
-    covers what is cached, too."""
+    """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all; a tensor: these
+    columns). The mask covers what is cached, too."""
     positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # of the ids; they skip padding
-    return model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                 use_cache=cache is not None, logits_to_keep=keep).logits
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                   use_cache=cache is not None, logits_to_keep=keep).logits
+    if isinstance(keep, int):
+        return logits[:, -keep:]  # some models' classes give all
+    return logits if logits.shape[1] == len(keep) else logits[:, keep]
+
+
+def chosen_logps(logits, ids):
+    """Logits (..., V), ids (...) -> fp32 log-probabilities of these ids."""
+    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
 
 
 def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=False) -> Tensor:
     """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
     `share` computes equal prompts once."""
-    ids, mask = padded([[]] * len(response_ids), response_ids, model.device)
+    ids, mask = right_padded(response_ids, model.device)
     logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V), of token t at t
-    chosen = logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
-    return chosen.where(mask.bool(), 0.0)
+    return chosen_logps(logits, ids).where(mask.bool(), 0.0)
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
@@ -200,7 +222,7 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
     checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
-    share = shares_prompts(model) and not checkpointing  # the check at load found it out
+    share = not checkpointing and shares_prompts(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     # equal prompts stand side by side, so that they are shared
     logps = torch.zeros(len(prompt_ids), device=model.device)
@@ -249,24 +271,20 @@ def supervised_finetune(models, pairs, args):
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
         losses = {}
         for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
-            losses[task] = supervised_loss(models.policy, prompts, targets, args)
+            losses[task] = add_supervised_gradient(models.policy, prompts, targets, args)
         optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
         log({"step": step + 1} | losses)
 
 
-def supervised_loss(policy, prompts, targets, args):
-    """The mean loss over all target tokens of one task; adds its gradient to what is there."""
-    # accumulate_gradients calls this for micro-batches: losses to sum up, and a row to return for each
-    # item. The gradient is that of the sum over all items, divided by `tokens`.
-    def losses_of(part):
-        """N sequences -> (N, T) losses, twice."""
-        losses = -token_logps(policy, *zip(*part))
-        return losses, losses
-
+def add_supervised_gradient(policy, prompts, targets, args):
+    """Adds the gradient of one task's mean loss over all target tokens; returns that loss."""
     items = sorted(zip(prompts, targets), key=lambda item: len(item[0]))
-    tokens = sum(map(len, targets))
-    losses = accumulate_gradients(policy, losses_of, items, tokens, args.micro_batch_size, args)
-    return sum(map(sum, losses)) / tokens
+    tokens, seen = sum(map(len, targets)), []
+    for part, weight in micro_batches(policy, items, args.micro_batch_size, args):
+        losses = -token_logps(policy, *zip(*part)).sum(1)  # (N,)
+        (weight * losses.sum() / tokens).backward()
+        seen.append(losses.tolist())
+    return sum(loss for _, loss in zip(items, joined(seen))) / tokens
 
 
 # 6. Sample K responses a prompt from the current policy -------------------------------------------
@@ -304,22 +322,21 @@ def sample_policy(models, rows, step, args):
 
 
 # 7. Rank against one baseline, and pair -----------------------------------------------------------
-def ranking_scores(models, rows, candidates, args):
-    """Each prompt's candidates -> their scores 1 - Pr(A), where A is the prompt's first candidate and B
-    the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges say
-    that OSP compares all with one baseline. Reconstruction: the first response, which improves along
+def ranking_scores(models, rows, candidates, args, judge):
+    """Each prompt's candidates -> their scores, the log-odds of B, where A is the prompt's first candidate
+    and B the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges
+    say that OSP compares all with one baseline. Reconstruction: the first response, which improves along
     with the policy; and one order, since a liking for A moves all K scores, so their order stays."""
     texts = []
     for row, found in zip(rows, candidates):
         texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
-    p_a = verdict_probabilities(models.judge, models.tokenizer, *columns(texts), args.micro_batch_size)
-    remaining = iter(p_a)
-    return [[1 - next(remaining) for _ in found] for found in candidates]
+    remaining = iter(judge(models, *columns(texts), args).tolist())
+    return [[-next(remaining) for _ in found] for found in candidates]
 
 
-def equal_scores(models, rows, candidates, args):
+def equal_scores(models, rows, candidates, args, judge):
     """No ranking, for K = 2: there is one pair, of which SPCE is the same in both directions."""
-    return [[0.5] * len(found) for found in candidates]
+    return [[0.0] * len(found) for found in candidates]
 
 
 def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
@@ -331,24 +348,26 @@ def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
 
 
 # 8. Judge: the frozen SFT model says how strongly it prefers one response to another --------------
-def verdict_probabilities(judge, tokenizer, prompts, shown_as_a, shown_as_b, micro_batch_size=8):
-    """N questions -> Pr(A) of each: softmax over the logits of the two verdict tokens that may follow.
-    Raises Stop if one is no number."""
-    _, a, b = verdict_format(tokenizer)
-    questions = encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, context_length(judge))
-    with inference(judge) as judge:  # without gradients; the prompts tell it what may be shared
-        logits = question_logits(judge, prompts, questions, [a, b], micro_batch_size)  # N times (2,)
-    p_a = [row.float().softmax(-1)[0].item() for row in logits]
-    if any(map(math.isnan, p_a)):
+def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
+    """OSP's judge: N questions -> the log-odds (N,) that A is better: the logit of "A" minus that of "B",
+    the two verdict tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises
+    Stop if one is no number. Source: the paper for the probability of a verdict."""
+    _, a, b = verdict_format(models.tokenizer)
+    texts = prompts, shown_as_a, shown_as_b
+    questions = encode_questions(models.tokenizer, *texts, context_length(models.judge))
+    with inference(models.judge) as judge:  # without gradients; the prompts tell it what may be shared
+        logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)
+    log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])  # (N,)
+    if log_odds.isnan().any():
         raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
-    return p_a
+    return log_odds
 
 
-def both_orders(judge, tokenizer, prompts, responses_1, responses_2, micro_batch_size=8):
+def both_orders(judge, models, prompts, responses_1, responses_2, args):
     """P pairs of texts -> Pr(A) with response 1 as A, and Pr(A) with response 2 as A, (P,) each."""
     texts = prompts * 2, responses_1 + responses_2, responses_2 + responses_1
-    p_a = verdict_probabilities(judge, tokenizer, *texts, micro_batch_size)
-    return torch.tensor(p_a[: len(prompts)]), torch.tensor(p_a[len(prompts):])
+    p_a = judge(models, *texts, args).sigmoid()
+    return p_a[: len(prompts)], p_a[len(prompts):]
 
 
 def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
@@ -359,16 +378,17 @@ def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
 
 def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
                         responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1. Source: the
-    paper for the probability of a verdict. Reconstruction: the average of both orders."""
-    verdicts = both_orders(model, tokenizer, prompts, responses_1, responses_2, micro_batch_size)
-    return averaged_strength(*verdicts)
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1, of any
+    language model. Reconstruction: the average of both orders."""
+    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
+    texts = prompts, responses_1, responses_2
+    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
 
 
-def judge_pairs(models, pairs, args):
+def judge_pairs(models, pairs, args, judge):
     """OSP's strengths: what the frozen judge says of each pair. Notes its two verdicts on the pair."""
     texts = [(pair.row.prompt, pair.better.text, pair.worse.text) for pair in pairs]
-    p_12, p_21 = both_orders(models.judge, models.tokenizer, *columns(texts), args.micro_batch_size)
+    p_12, p_21 = both_orders(judge, models, *columns(texts), args)
     for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
         pair.verdicts = verdicts
     return averaged_strength(p_12, p_21).tolist()
@@ -443,23 +463,29 @@ def step_indices(n, size, step, seed):
     return order[position * size : (position + 1) * size].tolist()
 
 
+def implicit_reward(logps: Tensor, ref_logps: Tensor, pairs, args) -> Tensor:
+    """beta * (log pi_theta - log pi_reference) of both responses of each pair, (2, P), as in DPO."""
+    return args.beta * (logps - ref_logps)
+
+
 def update(models, pairs, method, step, args):
     """One optimiser step on the mean loss over these P pairs. Notes on each pair what it saw."""
-    def losses_of(part):
-        """Pairs -> (P,) losses, and (P, 3): with them the rewards of the better and the worse."""
-        logps = pair_logps(models.policy, part, 2 * len(part))  # in one forward pass
-        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T
-        strength = torch.tensor([pair.strength for pair in part], device=logps.device)
-        reward_1, reward_2 = args.beta * (logps - ref_logps)
-        losses = method.loss(reward_1, reward_2, strength)
-        return losses, torch.stack([losses, reward_1, reward_2], 1)
-
-    size = max(1, args.micro_batch_size // 2)
-    seen = accumulate_gradients(models.policy, losses_of, pairs, len(pairs), size, args)
-    for pair, pair_seen in zip(pairs, seen):
-        pair.seen = pair_seen
-    loss, rate = sum(pair.seen[0] for pair in pairs) / len(pairs), models.scheduler.get_last_lr()[0]
-    return {"learning_rate": rate, "grad_norm": optimizer_step(models, loss, f"step {step + 1}", args)}
+    seen = []
+    for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
+        logps = pair_logps(models.policy, part, 2 * len(part))  # (2, P), in one forward pass
+        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T  # (2, P)
+        strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
+        rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
+        losses = method.loss(*rewards, strength)  # (P,)
+        (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
+        kl = (logps - ref_logps).mean(0)
+        seen.append(torch.stack([losses, *rewards, kl], 1).tolist())  # (P, 4)
+    for pair, figures in zip(pairs, joined(seen)):
+        pair.before_update = figures
+    rate = models.scheduler.get_last_lr()[0]
+    loss = sum(pair.before_update[0] for pair in pairs) / len(pairs)
+    grad_norm = optimizer_step(models, loss, f"step {step + 1}", args)
+    return {"learning_rate": rate, "grad_norm": grad_norm}
 
 
 # 11. One step, the whole run, and the table of stages ---------------------------------------------
@@ -467,13 +493,13 @@ def make_pairs(models, rows, method, step, args):
     """A step before its update: each row's candidates and pairs. Pairs of identical responses, whose
     gradient is 0, get no strength, nor do those whose strength is None in a variant."""
     candidates, pairs = method.sample(models, rows, step, args), []
-    scores = method.score(models, rows, candidates, args)
+    scores = method.score(models, rows, candidates, args, method.judge)
     for row, found, row_scores in zip(rows, candidates, scores):
         for candidate, score in zip(found, row_scores):
             candidate.score = score
         pairs.append([Pair(row, found[i], found[j]) for i, j in method.pair(row_scores)])
     different = [pair for pair in sum(pairs, []) if pair.better.ids != pair.worse.ids]
-    for pair, strength in zip(different, method.strength(models, different, args)):
+    for pair, strength in zip(different, method.strength(models, different, args, method.judge)):
         pair.strength = strength
     for pair, ref_logps in zip(different, method.reference(models, different, args)):
         pair.ref_logps = ref_logps
@@ -495,27 +521,29 @@ def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
     steps = method_steps(data.rows, args)
     start_training(models, args.learning_rate, steps, args)
-    before = answers(models.start, models, data.held_out, 0, args)  # pi_SFT's, to compare with
+    before = answers(models.start, models, data.held_out, args, noise=0)  # pi_SFT's, to compare with
     evaluation = None
     for step, log in resumable_steps("metrics", steps, models, args):
         indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
         metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
         if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
-            evaluation = evaluate(models, data.held_out, before, method.gold, args)
+            evaluation = evaluate(models, data.held_out, before, method, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
         log(metrics)
-    evaluation = evaluation or evaluate(models, data.held_out, before, method.gold, args)
-    return report(evaluation, models, data, method.gold, args)
+    evaluation = evaluation or evaluate(models, data.held_out, before, method, args)
+    return report(evaluation, models, data, method, args)
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """The stages; the defaults are OSP. A variant replaces some, as in Method(loss=...)."""
     sample: Callable = sample_policy  # models, rows, step, args -> candidates of each row
-    score: Callable = ranking_scores  # models, rows, candidates, args -> scores of each row's candidates
+    judge: Callable = language_model_judge  # models, N prompts, texts shown as A, as B, args -> (N,)
+    score: Callable = ranking_scores  # models, rows, candidates, args, judge -> scores of each row's
     pair: Callable = ranked_pairs  # scores of one row -> pairs of indices (better, worse)
-    strength: Callable = judge_pairs  # models, pairs, args -> strength of each pair; None drops it
+    strength: Callable = judge_pairs  # models, pairs, args, judge -> strength of each; None drops it
     reference: Callable = reference_logps  # models, pairs, args -> two logps of each pair
+    reward: Callable = implicit_reward  # logps, reference logps, (2, P) each, pairs, args -> (2, P)
     loss: Callable = spce_loss  # reward_1, reward_2, strength, (P,) each -> losses (P,)
     update: Callable = update  # models, pairs, method, step, args -> figures
     figures: Callable = lambda pairs, reward_1, reward_2: {}  # what else to log of a step
@@ -703,28 +731,29 @@ def described(models, responses, golds=()):
         distinct_4grams=[len(set(grams)) / max(1, len(grams))])
 
 
-def answers(model, models, rows, k, args):
-    """A response to each row, by all processes together; the number k picks its noise."""
-    found = respond(model, models.tokenizer, own_share(rows), [k], EVALUATION, args)
+def answers(model, models, rows, args, noise):
+    """A response to each row, by all processes together; the number `noise` picks its noise."""
+    found = respond(model, models.tokenizer, own_share(rows), [noise], EVALUATION, args)
     return collected([response for [response] in found])
 
 
-def evaluate(models, rows, before, gold, args):
+def evaluate(models, rows, before, method, args):
     """The policy against pi_SFT and its responses `before`, one response to each row; the README says
     what the figures are."""
-    after, logps = answers(models.policy, models, rows, 1, args), []
+    after, logps = answers(models.policy, models, rows, args, noise=1), []
     ids = [row.ids for row in own_share(rows)], [response.ids for response in own_share(after)]
     for role in (models.policy, models.start):
         with inference(role, args.bf16) as model:
             logps.append(response_logps(model, *ids, args.micro_batch_size))
     texts = [(row.prompt, one.text, two.text) for row, one, two in zip(rows, after, before)]
-    p_12, p_21 = verdicts_of_all(models.judge, models.tokenizer, texts, args)
-    golds, wins = golds_of(texts, gold), averaged_strength(p_12, p_21).tolist()
-    if gold:
+    p_12, p_21 = verdicts_of_all(method.judge, models, texts, args)
+    golds, wins = golds_of(texts, method.gold), averaged_strength(p_12, p_21).tolist()
+    if method.gold:
         wins = (1 + np.sign(golds[0] - golds[1])) / 2
     elif args.eval_judge_name_or_path:
-        judge = models.others[args.eval_judge_name_or_path]
-        wins = averaged_strength(*verdicts_of_all(*judge, texts, args)).tolist()
+        model, tokenizer = models.others[args.eval_judge_name_or_path]
+        other = Models(tokenizer, judge=model)
+        wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args)).tolist()
     figures = described(models, after, golds[0]) | verdict_figures(texts, p_12, p_21)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
@@ -739,9 +768,9 @@ def golds_of(texts, gold):
     return np.array(golds).reshape(-1, 2).T
 
 
-def verdicts_of_all(judge, tokenizer, texts, args):
+def verdicts_of_all(judge, models, texts, args):
     """(prompt, response 1, response 2)s -> both orders' Pr(A), (P,) each; the processes divide them."""
-    verdicts = both_orders(judge, tokenizer, *columns(own_share(texts)), args.micro_batch_size)
+    verdicts = both_orders(judge, models, *columns(own_share(texts)), args)
     return [torch.tensor(collected(p_a.tolist())) for p_a in verdicts]
 
 
@@ -754,13 +783,13 @@ def verdict_figures(texts, p_12, p_21):
                  strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
 
-def judge_figures(models, texts, gold, args):
+def judge_figures(models, texts, method, args):
     """The judge on the data's (prompt, chosen, rejected)s: how often it is right, by the truth if it is
     known, and how much surer it is than right, both by the labels."""
-    lean = averaged_strength(*verdicts_of_all(models.judge, models.tokenizer, texts, args)) - 0.5
+    lean = averaged_strength(*verdicts_of_all(method.judge, models, texts, args)) - 0.5
     right = labelled = agreement(lean, torch.ones(()))
-    if gold:
-        chosen, rejected = torch.tensor(golds_of(texts, gold))
+    if method.gold:
+        chosen, rejected = torch.tensor(golds_of(texts, method.gold))
         right = agreement(lean, chosen - rejected)[chosen != rejected]
     surer = 0.5 + lean.abs() - labelled
     return means(judge_accuracy=right, judge_overconfidence=surer) | {"judge_pairs": len(texts)}
@@ -778,9 +807,9 @@ def step_figures(models, candidates, pairs, kept, method, args):
         "pairs": len(kept), "dropped_identical_pairs": identical,
         "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
     if kept:
-        losses, reward_1, reward_2 = torch.tensor([pair.seen for pair in kept]).T
+        losses, reward_1, reward_2, kl = torch.tensor([pair.before_update for pair in kept]).T
         figures |= means(loss=losses, strength_mean=torch.tensor([pair.strength for pair in kept]),
-                         margin=reward_1 - reward_2, kl=(reward_1 + reward_2) / 2 / args.beta)
+                         margin=reward_1 - reward_2, kl=kl)
         figures |= method.figures(kept, reward_1, reward_2)
     return figures
 
@@ -796,19 +825,19 @@ def draw_curves(lines, path):
         figure.savefig(scratch, format="png", dpi=110)
 
 
-def report(summary, models, data, gold, args):
+def report(summary, models, data, method, args):
     """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
     with writing(args.output_dir):
         save_model(models, args.output_dir)
     if data.held_out_pairs:
-        summary |= judge_figures(models, data.held_out_pairs, gold, args)
+        summary |= judge_figures(models, data.held_out_pairs, method, args)
     if data.ood:
-        before = answers(models.start, models, data.ood, 0, args)
-        figures = evaluate(models, data.ood, before, gold, args)
+        before = answers(models.start, models, data.ood, args, noise=0)
+        figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
-                "seed": args.seed, "self_judged": not (gold or args.eval_judge_name_or_path)}
+                "seed": args.seed, "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     if RANK == 0:
         draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
     finish(summary, args)
@@ -960,7 +989,8 @@ def save_sft(models, args):
 def whole_state(function, *models):
     """Calls a function of torch's distributed checkpoints for whole tensors, on process 0's CPU."""
     from torch.distributed.checkpoint import state_dict  # here, since it takes a second to load
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    strict = "optimizer" not in function  # whose weights without a gradient have no state
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)
     return getattr(state_dict, function)(*models, options=options)
 
 
@@ -1056,21 +1086,23 @@ def in_parallel(stage, models, rows, *more):
     return [collected(result) for result in stage(models, own_share(rows), *more)]
 
 
-def accumulate_gradients(model, losses_of, items, total, size, args):
-    """Adds up the gradients of the sum of all losses over `total`. `losses_of` makes of at most `size`
-    items their losses, and a tensor with a row an item; returns these rows in the order of the items.
-    FSDP averages the gradients of processes where the loss wants their sum, hence WORLD. All processes
-    make equally many sharded passes: one that has fewer micro-batches repeats one with weight 0."""
-    parts, rows = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD)))), []
+def micro_batches(model, items, size, args):
+    """Yields this process's parts of at most `size` items, and the weight of their losses. FSDP averages
+    the gradients of processes where the loss wants their sum, hence WORLD. All processes make equally
+    many passes: one that has fewer parts repeats one with weight 0. Raises Stop where processes
+    use different parameters, which FSDP would mix up."""
+    parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
     model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
     for i in progress(range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD), "gradients"):
-        with torch.autocast(model.device.type, torch.bfloat16, enabled=args.bf16):
-            losses, seen = losses_of(parts[i % len(parts)])
-        weight = float(WORLD * (i < len(parts)))
-        (weight * losses.sum() / total).backward()
-        if weight:
-            rows.append(seen.tolist())
-    return sum(collected(rows), [])
+        yield parts[i % len(parts)], float(WORLD * (i < len(parts)))
+    used = [weight.grad is not None for weight in model.parameters()]
+    if any(others != used for others in collected([used])):
+        raise Stop("The processes use different parameters, such as experts: take one process.", code=1)
+
+
+def joined(seen):
+    """What was seen of this process's parts -> that of all items in order; what was repeated is last."""
+    return sum(collected(seen), [])
 
 
 def placed(model, args):
@@ -1081,120 +1113,178 @@ def placed(model, args):
         model.activation_checkpointing_enable()
     if WORLD == 1:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # here, since they take
-    from transformers.modeling_layers import GradientCheckpointingLayer  # seconds to load
-    mixed = MixedPrecisionPolicy(torch.bfloat16 if args.bf16 else None, torch.float32)
+    from torch.distributed.fsdp import fully_shard  # here, since they take seconds to load
+    from transformers.modeling_layers import GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    for module in [*layers, model]:
-        fully_shard(module, mp_policy=mixed)
-    return model
+    users = Counter(id(weight) for layer in layers for weight in set(layer.parameters()))
+    for layer in layers:
+        if all(users[id(weight)] == 1 for weight in layer.parameters()):  # no other layer has them
+            fully_shard(layer)
+    return fully_shard(model)
 
 
 def frozen(name, args):
     """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises Stop."""
     model, tokenizer = load_model(name, args, torch.bfloat16 if args.bf16 else torch.float32)
-    verdict_format(tokenizer)
     return placed(model.requires_grad_(False), args), tokenizer
 
 
 @contextmanager
 def inference(model, bf16=False):
-    """A model for passes without gradients: whole in each process, and with bf16 in bf16, for decoding
-    reads every weight for every token, and autocast would cast them anew each time."""
+    """A model for passes without gradients: whole in each process. With bf16 the weights of a trained
+    model are cast once, and not for every token."""
     units = [module for module in model.modules() if hasattr(module, "unshard")]  # of FSDP2
     for unit in units:
         unit.unshard()
         unit.set_reshard_after_forward(False, recurse=False)
-    with torch.no_grad():
-        yield bf16_copy(model.eval()) if bf16 and not units else model.eval()
+    with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        yield model.eval()
     for unit in units:
         unit.set_reshard_after_forward(True, recurse=False)
         unit.reshard()
 
 
-def bf16_copy(model):
-    """A frozen copy in bf16, without one in fp32 on the way. Buffers, as of rotation, stay fp32."""
-    copies = {id(one): nn.Parameter(one.detach().bfloat16(), False) for one in model.parameters()}
-    return copy.deepcopy(model, copies)
+def in_bf16(model, dtype):
+    """Runs every pass of a model under autocast. `dtype` is that of its Linear weights: a frozen model's
+    may be in bf16, which changes no bit, since autocast casts them anyway."""
+    model.bf16 = True
+    for device in ("cpu", "cuda")[: 1 + torch.cuda.is_available()]:
+        model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
+    for module in model.modules():
+        if dtype == torch.bfloat16 and type(module) is nn.Linear:  # a tied embedding keeps its own
+            for name, weight in list(module.named_parameters()):
+                setattr(module, name, nn.Parameter(weight.to(dtype)))
 
 
 # 16. Models and batches ---------------------------------------------------------------------------
 SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fit than in an update
 
 
-def checked_model(model, tokenizer, keys, args):
-    """A model that this program can use. `keys` are those that from_pretrained missed. Raises Stop."""
+def check_files(name, trust):
+    """Raises Stop where the files hold something else than the weights of a model to train."""
+    if find_adapter_config_file(name):
+        refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, and give that")
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
+    if getattr(config, "quantization_config", None):
+        refuse(f"{name!r} is quantized (quantization_config in its config.json), and all weights are "
+               "trained here: take the model that it was made from")
+
+
+def check_tokenizer(model, tokenizer, args):
+    """Makes a tokenizer a function of the text alone; raises Stop unless it fits the model."""
     name, embedded = model.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
-    if len(tokenizer) > embedded:
-        refuse(f"{name!r} has a tokenizer of {len(tokenizer)} tokens, but embeds only {embedded}")
+    inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
+    if getattr(inner, "dropout", None):
+        inner.dropout = None
+        print(f"The tokenizer of {name!r} drops merges at random: that is switched off")
+    tokenizer.apply_chat_template = functools.partial(
+        tokenizer.apply_chat_template, **args.chat_template_kwargs)
+    if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
+        refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
+    with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
+        [ids] = encode_questions(tokenizer, ["x"], ["y"], ["z"])
+    ids += [*stop_token_ids(model, tokenizer)[:1], *verdict_format(tokenizer)[1:]]
+    vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
+    ids += [i for token, i in vocabulary.items() if not control.fullmatch(token)]
+    if max(ids) >= embedded:
+        refuse(f"The tokenizer of {name!r} makes the token {max(ids)}, but the model embeds only "
+               f"{embedded}: take the tokenizer that belongs to it")
+    model.words = min(embedded, max(vocabulary.values()) + 1)
+
+
+def check_weights(model, keys):
+    """Raises Stop unless the model's weights are all there, are numbers, and are all that the file has
+    of their modules. `keys` are those that from_pretrained missed or did not read."""
+    name, unread = model.name_or_path, sorted(keys["unexpected_keys"])
     if keys["missing_keys"]:
         refuse(f"{name!r} lacks weights, such as {min(keys['missing_keys'])}: take a whole model")
-    if keys["unexpected_keys"]:
-        print(f"Warning: weights of {name!r} match nothing, such as {min(keys['unexpected_keys'])}")
+    owners = {owner for owner, module in model.named_modules() if owner and [*module.parameters(False)]}
+    inside = [key for key in unread if owners & set(itertools.accumulate(key.split("."), "{}.{}".format))]
+    if inside:
+        refuse(f"The model {name!r} does not read {len(inside)} tensors of its own modules, such as "
+               f"{' and '.join(inside[:2])}: its config.json does not fit the file, or it is quantized")
+    if unread:
+        print(f"{name!r}: {len(unread)} tensors are not read, such as {unread[0]}")
     for key, weight in model.named_parameters():
         if not weight.isfinite().all():
             refuse(f"{name!r} has weights that are not finite numbers (NaN), such as {key}")
-    model.words = max(tokenizer.get_vocab().values()) + 1
-    check_passes(model, args.gradient_checkpointing)
-    tokenizer.apply_chat_template = functools.partial(
-        tokenizer.apply_chat_template, strftime_now=fixed_date, **args.chat_template_kwargs)
-    return model
 
 
 def shares_prompts(model):
     """Whether the keys and values of a prompt may be shared; check_passes finds it out."""
-    return getattr(model, "shares_prompts", True)
+    if not hasattr(model, "shares_prompts"):  # not loaded by this program
+        mode = model.training
+        check_passes(model, False)
+        model.train(mode)
+    return model.shares_prompts
 
 
-def check_passes(model, training):
+def check_passes(model, training, ways=(True, False)):
     """Compares the program's passes with plain ones of single sequences. Where prompts cannot be shared,
     as with recurrent layers, sharing is given up. Raises Stop if that does not help."""
-    close = 1e-3 if model.dtype == torch.float32 else 0.5
-    for model.shares_prompts in (True, False):
+    for model.shares_prompts in ways:
         try:
-            gaps = passes_differ(model.train(training))
+            gaps, close = passes_differ(model.train(training))
         except Exception as error:  # each family has a kind of its own
-            gaps = f"the error {cause(error)!r}"
-        if isinstance(gaps, dict) and all(gap < close for gap in gaps.values()):
+            gaps, close = {f"the error {cause(error)!r}": math.inf}, 0
+        if all(gap < close for gap in gaps.values()):
             break
     else:
-        refuse(f"{model.name_or_path!r} cannot be used: by dropout, noise, or for lack of a cache, its "
-               f"logits differ from those of its own passes over single sequences: {gaps}")
-    if not shares_prompts(model):
+        refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache "
+               "of keys and values, which a model with recurrent states does not have, must give the "
+               f"log-probabilities of plain passes over single sequences. They are off by {gaps}")
+    if len(ways) > 1 and not model.shares_prompts:
         print(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes, which are slower")
 
 
 @torch.no_grad()
 def passes_differ(model):
-    """How far the logits of batches, and those that sampling sees, are from plain passes at most."""
-    prompts, responses = [[2, 3, 4, 5, 6, 4], [3, 4]], [[5, 6, 4, 2, 3], [4, 3, 2]]
-    ids, mask = padded([[], []], responses, model.device)
+    """How far log-probabilities of batches, of sampling, and a judge's log-odds are from those of plain
+    passes at most; and how far rounding may move them, which goes by the size of the logits."""
+    words = getattr(model, "words", model.get_input_embeddings().num_embeddings)
+    ids = np.random.default_rng(0).integers(words, size=40).tolist()
+    prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
+    wholes = [prompt + response for prompt, response in zip(prompts, responses)]
+    tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
     batch = response_logits(model, prompts, responses, shares_prompts(model))
-    cache, logits, seen = prefill(model, prompts)
-    steps, plain = [logits], []
-    for t in range(ids.shape[1] - 1):
-        seen = torch.cat([seen, mask[:, t : t + 1]], 1)
-        steps.append(forward(model, ids[:, t : t + 1], seen, 1, cache)[:, -1])
+    odds = torch.stack(question_logits(model, "xyx", wholes, verdicts, 3)).diff()
+    cache, logits, mask = prefill(model, prompts)
+    steps = [logits]
+    for token in tokens.T[:-1]:
+        mask = nn.functional.pad(mask, (0, 1), value=1)
+        steps.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
     model.eval()
-    for prompt, response in zip(prompts, responses):
-        logits = model(input_ids=torch.tensor([prompt + response])).logits[0]
-        plain.append(logits[len(prompt) - 1 : -1])
-    plain, kept = nn.utils.rnn.pad_sequence(plain, batch_first=True), mask.bool()
-    return {"in batches": (batch - plain)[kept].abs().max().item(),
-            "in sampling": (torch.stack(steps, 1) - plain)[kept].abs().max().item()}
+    plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
+    plain = torch.stack(plain).float()  # (3, 7, V)
+    right = chosen_logps(plain[:, :-1], tokens)
+    gaps = {"batches": chosen_logps(batch, tokens) - right,
+            "sampling": chosen_logps(torch.stack(steps, 1), tokens) - right,
+            "judging": odds - plain[:, -1, verdicts].diff()}
+    rounding = 2**-5 if getattr(model, "bf16", False) else 1e-4
+    close = rounding * (10 + plain.abs().median().item())
+    return {name: gap.abs().max().item() for name, gap in gaps.items()}, close
 
 
 def stop_token_ids(model, tokenizer):
-    """The ids that end a response: the tokenizer's EOS and those of the model's generation_config."""
+    """The ids that end a response: what the chat template ends an answer with, the tokenizer's EOS, and
+    those of the model's generation_config."""
     more = np.ravel(model.generation_config.eos_token_id).tolist()  # one id, a list, or None
+    more += tokenizer(frame(tokenizer, "p")[2], add_special_tokens=False).input_ids[-1:]
     return sorted({tokenizer.eos_token_id, *more} - {None})
 
 
 def context_length(model):
-    """How many positions the model knows; unlimited where its configuration names no limit."""
-    return getattr(model.config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
+    """How many positions the model knows; unlimited where its configuration names no limit. Where all
+    of a batch is rotated by its longest row, the limit is where that begins."""
+    config = model.config.get_text_config()
+    most = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    rope = getattr(config, "rope_parameters", None) or {}
+    for kind in [rope, *rope.values()]:  # of all layers, or of each kind of layer
+        if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
+            most = min(most, kind.get("original_max_position_embeddings", most))
+    return most
 
 
 def chunks(items, size):
@@ -1213,7 +1303,7 @@ def prefill(model, prompt_ids):
     distinct = {}  # prompt -> its row
     rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
     prompts = list(distinct) if shares_prompts(model) else prompt_ids
-    ids, mask = padded(prompts, [[]] * len(prompts), model.device)
+    ids, mask = left_padded(prompts, model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
     if not shares_prompts(model):
@@ -1226,14 +1316,16 @@ def prefill(model, prompt_ids):
 def response_logits(model, prompt_ids, response_ids, share):
     """N prompts and responses -> logits (N, T, V) of the responses' tokens, and of no others. `share`
     computes equal prompts once, which is a third of the time of an update."""
-    ids, mask = padded(prompt_ids, response_ids, model.device)
-    T = max(map(len, response_ids))
+    ids, mask = right_padded(response_ids, model.device)
+    T = ids.shape[1]
     if not share:
+        heads, head_mask = left_padded(prompt_ids, model.device)
+        ids, mask = torch.cat([heads, ids], 1), torch.cat([head_mask, mask], 1)
         return forward(model, ids, mask, T + 1)[:, :-1]  # column t predicts column t + 1
-    left = ids.shape[1] - T  # columns of the prompts
-    end = left + max(T - 1, 1)  # one column at least: all processes make equally many passes
-    cache, first, _ = prefill(model, prompt_ids)
-    rest = forward(model, ids[:, left:end], mask[:, :end], 0, cache)
+    cache, first, head_mask = prefill(model, prompt_ids)
+    end = max(T - 1, 1)  # one column at least: all processes make equally many passes
+    mask = torch.cat([head_mask, mask[:, :end]], 1)
+    rest = forward(model, ids[:, :end], mask, 0, cache)
     return torch.cat([first[:, None], rest], 1)[:, :T]
 
 
@@ -1251,29 +1343,35 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     rows.sort(key=lambda row: (len(row[0]), row))
     for part in progress(chunks(rows, micro_batch_size), "judging"):
         heads, tails = zip(*part)
-        ids, mask = padded([[]] * len(part), tails, judge.device)  # on the left a hole would be between
+        ids, mask = right_padded(tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
         if heads[-1]:
             cache, _, head_mask = prefill(judge, heads)
             mask = torch.cat([head_mask, mask], 1)
         kept, column = ends.unique(return_inverse=True)
-        logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column][:, verdicts]
+        logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column]
+        logits = logits[:, verdicts].float()
         found |= {head + tail: row for (head, tail), row in zip(part, logits)}
     return [found[tuple(ids)] for ids in questions]
 
 
 def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
-    stops, ids = stop_token_ids(model, tokenizer), []
+    stops, found = stop_token_ids(model, tokenizer), [[] for _ in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
-    asked = [(prompt, sampling_noise(args.seed, step, row.index, k, args.max_new_tokens))
-             for row, prompt in zip(rows, prompts) for k in ks]
+    size = max(1, min(args.micro_batch_size, SAMPLING_BATCH_SIZE // len(ks)))  # prompts side by side
+    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # long ones by themselves
     with inference(model, args.bf16) as model:
-        for part in progress(chunks(asked, SAMPLING_BATCH_SIZE), "sampling"):
-            some, noise = zip(*part)
-            ids += sample(model, some, torch.tensor(np.array(noise)), args.temperature, stops)
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return chunks([Candidate(one, text.strip(), source) for one, text in zip(ids, texts)], len(ks))
+        for part in progress(chunks(order, size), "sampling"):
+            asked = [(i, k) for i in part for k in ks]
+            noise = [sampling_noise(args.seed, step, rows[i].index, k, args.max_new_tokens)
+                     for i, k in asked]
+            noise, some = torch.tensor(np.array(noise)), [prompts[i] for i, _ in asked]
+            for (i, _), ids in zip(asked, sample(model, some, noise, args.temperature, stops)):
+                said = ids[:-1] if ids[-1] in stops else ids
+                text = tokenizer.decode(said, skip_special_tokens=True).strip()
+                found[i].append(Candidate(ids, text, source))
+    return found
 
 
 # 17. From text to token ids -----------------------------------------------------------------------
@@ -1303,90 +1401,114 @@ def quoted(text):
     return "\n".join("> " + line for line in text.splitlines() if line.strip()) or "> "
 
 
+ANSWER = "quuxly"  # stands for an answer where a chat template's text is split at it
+PARTS = ((), ("system", "user", "assistant"), ("system", "user"))  # whose contents are lists of parts
+DATE_CODES = ["-d", "-m", *"aAbBcdHIjmMpSxXyY"]
+DATES = "".join(f"|replace('%{code}', '{time.strftime('%' + code, (2026, 1, 1, 0, 0, 0, 3, 1, 0))}')"
+                for code in DATE_CODES)
+# What a template that writes the date calls: always one day, so that a run goes on with its prompts.
+DATED = "{% macro strftime_now(format) %}{{ format" + DATES + " }}{% endmacro %}\n"
+HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
+            [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]]
+
+
+def rendered(tokenizer, messages, parts):
+    """What the chat template makes of messages; the contents of the roles `parts` are lists of parts."""
+    given = []
+    for one in messages:
+        content = one["content"]
+        if one["role"] in parts:
+            content = [{"type": "text", "text": content}]
+        given.append({"role": one["role"], "content": content})
+    template = DATED + tokenizer.get_chat_template()
+    return tokenizer.apply_chat_template(given, chat_template=template, tokenize=False)
+
+
+def split_at_answer(tokenizer, messages):
+    """What the chat template writes before an answer to these messages, and behind it: its text of the
+    whole conversation, split at the answer. Some templates take texts, some parts. Raises ValueError."""
+    asked, reasons = [one for one in messages if one["role"] != "assistant"], []
+    for parts in PARTS:
+        try:
+            text = rendered(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], parts)
+        except Exception as error:  # of any kind: a template is a program
+            own = type(error) is jinja2.TemplateError  # it says so in its own words
+            reasons.append((not own, f"the chat template refuses it ({cause(error)})"))
+            continue
+        before, answer, behind = text.rpartition(ANSWER)
+        lost = [one["role"] for one in asked if one["content"].strip() not in before]
+        if answer and not lost and "'type'" not in behind + before[-20:]:
+            return before, behind
+        lost.append("assistant")
+        reasons.append((False, f"the chat template leaves out the message of the {lost[0]}"))
+    raise ValueError(min(reasons, key=lambda one: one[0])[1])
+
+
 @functools.lru_cache(maxsize=4)
-def special_tokens(tokenizer):
-    """The texts of the special tokens."""
-    tokens = tokenizer.added_tokens_decoder.values()
-    return [one.content for one in tokens if one.special and len(one.content) > 1]
+def control_tokens(tokenizer):
+    """A pattern of the control tokens: those flagged special, and those that the chat template writes
+    into any conversation. Tokens of blanks and of plain words are none."""
+    written = set()
+    for messages in HARMLESS if tokenizer.chat_template else []:
+        with suppress(ValueError):  # it may refuse a system
+            text = "".join(split_at_answer(tokenizer, messages))
+            written |= set(tokenizer(text, add_special_tokens=False).input_ids)
+    names = []
+    for i, one in tokenizer.added_tokens_decoder.items():
+        ours = one.special or i in written and not one.content.isalnum()
+        if ours and len(one.content.strip()) > 1:
+            names.append(re.escape(one.content))
+    return re.compile("|".join(sorted(names, key=len, reverse=True)) or "(?!)")
 
 
 def plain(tokenizer, text):
-    """Text from outside, with a space put into what spells a special token, so that it becomes none."""
-    for special in special_tokens(tokenizer):
-        text = text.replace(special, special[0] + " " + special[1:])
-    return text
+    """Text from outside, with a space put into what spells a control token, so that it becomes none."""
+    return control_tokens(tokenizer).sub(lambda found: found[0][0] + " " + found[0][1:], text)
 
 
-def rendered(tokenizer, messages, as_parts, **more):
-    """What the chat template makes of messages; some templates take a content as a list of parts."""
-    messages = [one | {"content": plain(tokenizer, one["content"])} for one in messages]
-    if as_parts:
-        messages = [one | {"content": [{"type": "text", "text": one["content"]}]} for one in messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, **more)
-
-
-@functools.lru_cache(maxsize=4)
-def template_habits(tokenizer):
-    """Whether the chat template takes parts, what it writes between the opening of an answer and the
-    answer, such as an empty think block, and the blanks before an answer. Raises Stop."""
+def frame(tokenizer, prompt):
+    """A prompt -> three texts: what the model reads before an answer, without blanks at its end; these
+    blanks, which belong to an answer's first token; and what ends an answer, up to the EOS.
+    Without a chat template a text stands as it is, and messages as in HH. Raises ValueError."""
     if not tokenizer.chat_template:
-        return False, "", " "  # "Assistant:" and " Hi"
-    messages = [{"role": "user", "content": "quuxly"}, {"role": "assistant", "content": "answer"}]
-    for as_parts in (False, True):
-        opened = rendered(tokenizer, messages[:1], as_parts, add_generation_prompt=True)
-        if "quuxly" in opened:
-            break
-    else:
-        refuse("The chat template leaves out the prompt: take another chat_template for the model")
-    whole, stripped = rendered(tokenizer, messages, as_parts), opened.rstrip()
-    if not whole.startswith(stripped):
-        refuse(f"The chat template opens an answer with {opened[-20:]!r}, but not one that is given: if "
-               "it is thinking, give --chat_template_kwargs '{\"enable_thinking\": false}'")
-    opening = whole[len(opened) : whole.index("answer", len(stripped))]
-    head = opened + opening
-    return as_parts, opening, " " * (len(head) - len(head.rstrip(" ")))
-
-
-def fixed_date(form):
-    """The date for a chat template that writes it: a run goes on with the same prompts another day."""
-    return time.strftime(form, (2026, 1, 1, 0, 0, 0, 3, 1, 0))
-
-
-def framed(tokenizer, prompt):
-    """A prompt as the model reads it, without blanks at its end: by its chat template, or else as text,
-    messages as in HH."""
-    as_parts, opening, _ = template_habits(tokenizer)
-    if tokenizer.chat_template:
-        text = rendered(tokenizer, as_messages(prompt), as_parts, add_generation_prompt=True)
-        return (text + opening).rstrip(" ")
-    text = prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:"
-    return plain(tokenizer, text)
+        text = prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:"
+        return plain(tokenizer, text), " ", tokenizer.eos_token  # "Assistant:" and " Hi"
+    turns = as_messages(prompt)
+    messages = [one | {"content": plain(tokenizer, one["content"])} for one in turns]
+    before, behind = split_at_answer(tokenizer, messages)
+    head, end = before.rstrip(" "), control_tokens(tokenizer).search(behind)
+    return head, before[len(head):], behind[: end.end()] if end else tokenizer.eos_token
 
 
 def encode(tokenizer, texts):
-    """Framed texts -> ids. A chat template writes BOS itself; else it is added if need be."""
+    """Framed texts -> ids. A chat template writes what stands before a text itself; else it is what the
+    tokenizer puts there, such as BOS."""
     rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    if not tokenizer.chat_template and tokenizer("a").input_ids[0] == tokenizer.bos_token_id:
-        rows = [[tokenizer.bos_token_id] + ids for ids in rows]
-    return rows
+    if tokenizer.chat_template:
+        return rows
+    first = os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
+    return [first + ids for ids in rows]
 
 
 def encode_prompts(tokenizer, prompts):
     """N prompts -> their ids, which a response continues."""
-    return encode(tokenizer, [framed(tokenizer, prompt) for prompt in prompts])
+    return encode(tokenizer, [frame(tokenizer, prompt)[0] for prompt in prompts])
 
 
-def encode_responses(tokenizer, prompts, responses, limit):
-    """N texts -> ids as the policy would sample them: cut at `limit` tokens, else ending in EOS."""
-    rows = []
+def encode_responses(tokenizer, prompts, responses, limit, ended=True):
+    """N texts -> ids as the policy would sample them: cut at `limit` tokens, else with what ends an
+    answer, if they are `ended`. The ids are read off the whole: encodings do not add up."""
+    heads, tails, rows = [], [], []
     for prompt, response in zip(prompts, responses):
-        head = framed(tokenizer, prompt)
-        tail = template_habits(tokenizer)[2] + plain(tokenizer, response)
-        head_ids, both_ids = encode(tokenizer, [head, head + tail])
-        ids = both_ids[len(head_ids):]  # read off the whole: encodings do not add up
-        if both_ids[: len(head_ids)] != head_ids:  # the texts were merged where they meet
+        head, gap, end = frame(tokenizer, prompt)
+        heads.append(head)
+        tails.append(gap + plain(tokenizer, response) + end * ended)
+    wholes = encode(tokenizer, [head + tail for head, tail in zip(heads, tails)])
+    for head, whole, tail in zip(encode(tokenizer, heads), wholes, tails):
+        ids = whole[len(head):]
+        if whole[: len(head)] != head:  # the texts were merged where they meet
             ids = tokenizer(tail, add_special_tokens=False).input_ids
-        rows.append((ids + [tokenizer.eos_token_id])[:limit])
+        rows.append(ids[:limit] or [tokenizer.eos_token_id])
     return rows
 
 
@@ -1395,8 +1517,9 @@ def verdict_format(tokenizer):
     """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop. A
     letter encoded by itself may get another id, so both are read off the end of a whole question: after
     what stands before every answer ("Better: A"), or on a new line. Each must add one token to it."""
-    for end, gap in (("", template_habits(tokenizer)[2]), ("\n", "")):
-        text = framed(tokenizer, judge_question("p", "x", "y") + end)
+    for end in ("", "\n"):
+        text, gap, _ = frame(tokenizer, judge_question("p", "x", "y") + end)
+        gap = "" if end else gap
         head, with_a, with_b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
         if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
             return end, with_a[-1], with_b[-1]
@@ -1406,14 +1529,13 @@ def verdict_format(tokenizer):
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
     """N questions to the judge as ids; where one has over `limit`, the ends of its responses go."""
-    end, questions = verdict_format(tokenizer)[0], []
-    for prompt, a, b in zip(prompts, shown_as_a, shown_as_b):
-        [ids] = encode(tokenizer, [framed(tokenizer, judge_question(prompt, a, b) + end)])
-        if len(ids) > limit and a + b:
+    end, texts = verdict_format(tokenizer)[0], list(zip(prompts, shown_as_a, shown_as_b))
+    rows = encode_prompts(tokenizer, [judge_question(*text) + end for text in texts])
+    for i, (prompt, a, b) in enumerate(texts):
+        if len(rows[i]) > limit and a + b:
             a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
-            [ids] = encode_questions(tokenizer, [prompt], [a], [b], limit)
-        questions.append(ids)
-    return questions
+            [rows[i]] = encode_questions(tokenizer, [prompt], [a], [b], limit)
+    return rows
 
 
 # 18. Data -----------------------------------------------------------------------------------------
@@ -1464,12 +1586,15 @@ def why_unfit(prompt, *responses, readers, new_tokens):
     """Why a row cannot be used by these (model, tokenizer)s; None if it can."""
     for model, tokenizer in readers:
         try:
-            framed(tokenizer, prompt)
+            [ids] = encode_prompts(tokenizer, [prompt])
             [question] = encode_questions(tokenizer, [prompt], [""], [""])
-        except (jinja2.TemplateError, TypeError):
-            return "the chat template refuses it"
+            texts = tokenizer(list(responses), add_special_tokens=False).input_ids if responses else []
+        except Exception as error:  # of the template, or of a kind that each tokenizer has
+            return cause(error)
+        if not all([ids, *texts]):
+            return "the tokenizer makes no token of a text"
         limit = context_length(model)
-        if len(question) + 2 * new_tokens > limit:
+        if max(len(ids) + new_tokens, len(question) + 2 * new_tokens) > limit:
             return f"too long for {limit} tokens with two responses of --max_new_tokens"
 
 
@@ -1740,27 +1865,30 @@ def sample_matrix(models, rows, step, args, roles, with_human):
     members, in equal shares of K."""
     members = {role: (getattr(models, role), models.tokenizer) for role in roles}
     members |= {name: models.others[name] for name in args.matrix_model_names_or_paths}
-    candidates = [[] for _ in rows]
+    candidates, most = [[] for _ in rows], args.max_new_tokens
     for i, (source, (model, tokenizer)) in enumerate(members.items()):
         ks = range(i, args.num_generations, len(members))
-        for own, more in zip(candidates, respond(model, tokenizer, rows, ks, step, args, source)):
+        found, stops = respond(model, tokenizer, rows, ks, step, args, source), ()
+        if source not in roles:  # not in the policy's tokens
+            stops = stop_token_ids(model, tokenizer)
+        for row, own, more in zip(rows, candidates, found):
             own += more
+            for one in more if stops else []:
+                ended = one.ids[-1] in stops
+                [one.ids] = encode_responses(models.tokenizer, [row.prompt], [one.text], most, ended)
     for row, own in zip(rows, candidates):
         if with_human and row.responses:
             texts = row.responses[step % len(row.responses)]
-            own += [Candidate([], text, source) for text, source in zip(texts, HUMAN)]
-        for one in own:
-            if one.source not in roles:  # not yet in the policy's tokens
-                text = [row.prompt], [one.text]
-                [one.ids] = encode_responses(models.tokenizer, *text, args.max_new_tokens)
+            ids = encode_responses(models.tokenizer, [row.prompt] * 2, texts, most)
+            own += map(Candidate, ids, texts, HUMAN)
     return candidates
 
 
-def corrected_labels(models, pairs, args):
+def corrected_labels(models, pairs, args, judge):
     """Hard labels: the judge's, none within label_margin of 1/2; a human's where both responses are.
     Source: TSO for corrections by AI and human feedback. Reconstruction: the rule."""
     labels = []
-    for pair, p in zip(pairs, judge_pairs(models, pairs, args)):
+    for pair, p in zip(pairs, judge_pairs(models, pairs, args, judge)):
         if pair.better.source in HUMAN and pair.worse.source in HUMAN:
             p = float(pair.better.source == HUMAN[0])
         labels.append(float(p > 0.5) if abs(p - 0.5) > args.label_margin else None)
@@ -1823,7 +1951,7 @@ def collect(models, data, method, args):
 
 def widest_spreads(candidates, share):
     """Step 1, prompts: the numbers of those whose scores differ most: there a model can improve."""
-    spreads = [np.std([candidate.score for candidate in found]) for found in candidates]
+    spreads = [np.std([1 / (1 + math.exp(-one.score)) for one in found]) for found in candidates]
     return np.argsort(spreads)[::-1][: math.ceil(share * len(spreads))].tolist()
 
 

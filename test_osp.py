@@ -275,7 +275,7 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
     expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
     assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
     assert figures["grad_norm"] == approx(moved.norm().item(), rel=CLOSE)
-    assert [pair.seen[0] for pair in pairs] == close(torch.stack(losses).tolist())
+    assert [pair.before_update[0] for pair in pairs] == close(torch.stack(losses).tolist())
 
 
 @mark.parametrize("loss, slope", [(math.nan, 1.0), (0.0, math.nan)])
@@ -312,18 +312,17 @@ def test_a_warm_up_is_rounded_up_and_leaves_a_single_step_its_rate():
     assert rates_of("linear", 0.1, steps=1) == [1.0]
 
 
-def test_a_planted_preference_improves(monkeypatch):
+def test_a_planted_preference_improves():
     """A judge that likes one word, of some eighty, makes a tiny policy say it."""
-    def judge(model, tokenizer, prompts, shown_as_a, shown_as_b, *_):
+    def judge(models, prompts, shown_as_a, shown_as_b, args):
         gaps = [a.count("gentle") - b.count("gentle") for a, b in zip(shown_as_a, shown_as_b)]
-        return torch.sigmoid(2.0 * torch.tensor(gaps)).tolist()
+        return 2.0 * torch.tensor(gaps)
 
-    monkeypatch.setattr(osp, "verdict_probabilities", judge)
     args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0, 0)
     rows = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
     osp.start_training(models, 5e-3, 20, args)
     for step in range(20):
-        osp.train_step(models, rows, Method(), step, args)
+        osp.train_step(models, rows, Method(judge=judge), step, args)
     [found] = osp.sample_policy(models, rows, 20, args)
     assert np.mean([response.text.count("gentle") for response in found]) > 1
 
@@ -336,11 +335,17 @@ def test_verdict_of_several_tokens_is_refused():
 
 
 def asked_alone(judge, tokenizer, *texts):
-    """P(A) by one unpadded pass over the whole question."""
-    end, a, b = osp.verdict_format(tokenizer)
-    ids = osp.encode(tokenizer, [osp.framed(tokenizer, osp.judge_question(*texts) + end)])
+    """The log-odds of A by one unpadded pass over the whole question."""
+    end, *verdicts = osp.verdict_format(tokenizer)
+    ids = osp.encode_prompts(tokenizer, [osp.judge_question(*texts) + end])
     with torch.no_grad():
-        return judge(input_ids=torch.tensor(ids)).logits[0, -1, [a, b]].softmax(-1)[0].item()
+        return -judge(input_ids=torch.tensor(ids)).logits[0, -1, verdicts].diff().item()
+
+
+def asked(judge, tokenizer, size, *questions):
+    """The log-odds by the program."""
+    models = Models(tokenizer, judge=judge)
+    return osp.language_model_judge(models, *zip(*questions), Arguments(micro_batch_size=size))
 
 
 SAYINGS = st.lists(st.sampled_from(["rain", "the cat", "gentle " * 12]), max_size=3).map(" ".join)
@@ -355,13 +360,23 @@ def test_questions_that_share_their_head_get_the_answers_they_get_alone(
     verdicts = osp.verdict_format(tokenizer)[1:]
     assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
     judge = kind(len(tokenizer))
-    found = osp.verdict_probabilities(judge, tokenizer, *zip(*questions), size)
+    found = asked(judge, tokenizer, size, *questions).tolist()
     assert found == close([asked_alone(judge, tokenizer, *question) for question in questions])
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
     with stopped("not numbers", code=1):
-        osp.verdict_probabilities(broken("lm_head"), BYTES, ["hi"], ["rain"], ["mat"])
+        asked(broken("lm_head"), BYTES, 8, ("hi", "rain", "mat"))
+
+
+def test_scores_keep_the_order_of_a_judge_that_is_sure():
+    """In float32 1 - Pr(A) is 0 from a gap of 17 on."""
+    def judge(models, prompts, shown_as_a, shown_as_b, args):
+        return torch.tensor([float(text) for text in shown_as_b])
+
+    candidates = [[Candidate([], text) for text in ("40", "38", "41")]]
+    scores = osp.ranking_scores(None, [row_of()], candidates, None, judge)
+    assert osp.ranked_pairs(scores[0]) == [(1, 2)]
 
 
 def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
@@ -386,7 +401,7 @@ def test_judge_figures_by_hand(monkeypatch):
     monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
     surer = {"judge_overconfidence": (0.92 + 0.5 + 0.94 + 0.6 + 1) / 5 - 3.5 / 5, "judge_pairs": 5}
     models, gold = Models(None, None), {"aa": 1, "a": 0, "b": 0, "bb": 0}.get
-    found = [osp.judge_figures(models, texts, truth, Arguments())
+    found = [osp.judge_figures(models, texts, Method(gold=truth), Arguments())
              for truth in (None, lambda prompt, text: gold(text))]
     assert found == [approx(surer | {"judge_accuracy": right}) for right in (3.5 / 5, (1 + 1) / 2)]
 
@@ -438,9 +453,10 @@ def test_no_text_forges_the_frame_or_becomes_a_special_token(tokenizer, texts):
 
 def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
     turns = "\n\nHuman: a\n\nAssistant: b\n\nHuman: c\n\nAssistant:"
-    assert osp.framed(TALK, "hi") == "<|user|>\nhi<|endoftext|>\n<|assistant|>\n"
-    assert osp.framed(TALK, turns) == osp.framed(TALK, chat("a", "b", "c"))
-    assert osp.framed(BYTES, chat("a", "b", "c")) == turns
+    head, *ends = osp.frame(TALK, "hi")
+    assert [head, *ends] == ["<|user|>\nhi<|endoftext|>\n<|assistant|>\n", "", "<|endoftext|>"]
+    assert osp.frame(TALK, turns) == osp.frame(TALK, chat("a", "b", "c"))
+    assert osp.frame(BYTES, chat("a", "b", "c")) == (turns, " ", "<|endoftext|>")
     assert osp.encode_prompts(PIECES, ["hi"])[0].count(PIECES.bos_token_id) == 1
 
 
@@ -638,9 +654,9 @@ def broken(part="model.embed_tokens"):
     (lambda: rotary(99), "embeds only"),
     (layered, "lacks weights, such as model.layers.2"),
     (broken, "NaN.*model.embed_tokens.weight"),
-    (functools.partial(tiny, transformers.BertConfig), "differ"),  # it sees what follows
-    (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), "differ"),
-    (functools.partial(tiny, transformers.MambaConfig, state_size=8), "differ")])  # it has no keys
+    (functools.partial(tiny, transformers.BertConfig), "off by"),  # it sees what follows
+    (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), "off by"),
+    (functools.partial(tiny, transformers.MambaConfig, state_size=8), "recurrent")])  # it has no keys
 def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
     with stopped(expected):
         loaded(tmp_path, make())
@@ -655,7 +671,7 @@ def test_a_tokenizer_without_eos_is_refused(tmp_path):
 
 def test_weights_that_match_nothing_are_named(tmp_path, capsys):
     loaded(tmp_path, layered(1))
-    assert "match nothing, such as model.layers.1" in capsys.readouterr().out
+    assert "are not read, such as model.layers.1" in capsys.readouterr().out
 
 
 def test_a_model_with_recurrent_layers_runs_by_plain_passes(tmp_path, capsys):
@@ -671,33 +687,59 @@ def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path):
     assert max(ids) < len(BYTES)
 
 
-PLAIN = "<user>hi<end><assistant>|the cat"
+TURN = "<{{ m.role }}>"
+USER_PARTS = ("{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
+              "{% else %}{{ m.content }}{% endif %}")
+THINKING = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
+REFUSAL = "{{ raise_exception('not today') }}"
 
 
-@mark.parametrize("content, opening, expected", [
-    ("{{ m.content }}", "", PLAIN),
-    (" {{ m.content }}", "", "<user> hi<end><assistant>| the cat"),
-    ("{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}", "",
-     "<user>hi<end><assistant><think></think>|the cat"),
-    ("{% for part in m.content %}{{ part.text }}{% endfor %}", "", PLAIN),
-    ("{{ m.content }}", "<think>", "enable_thinking"),
-    ("", "", "leaves out the prompt")])
-def test_what_stands_before_an_answer_is_read_off_the_template(content, opening, expected):
-    tokenizer = byte_level_tokenizer(
-        LOOP + "<{{ m.role }}>" + content + "<end>{% endfor %}"
-        "{% if add_generation_prompt %}<assistant>" + opening + "{% endif %}")
+@mark.parametrize("template, expected", [  # of an answer: before it | it, and its end
+    (TURN + "{{ m.content }}<end>", "<user>hi<end><assistant>|a cat<end>"),
+    (TURN + " {{ m.content }}\n<end>\n", "<user> hi\n<end>\n<assistant>| a cat\n<end>"),
+    (TURN + THINKING + "<end>", "<user>hi<end><assistant><think></think>|a cat<end>"),
+    (TURN + "{% for p in m.content %}{{ p.text }}{% endfor %}<end>", "<user>hi<end><assistant>|a cat<end>"),
+    (TURN + USER_PARTS + "<end>", "<user>hi<end><assistant>|a cat<end>"),
+    (TURN + "{{ m.content }}\n", "<user>hi\n<assistant>|a cat<|endoftext|>"),
+    (TURN + "{{ strftime_now('%-d %b %Y') }} {{ m.content }}<end>",
+     "<user>1 Jan 2026 hi<end><assistant>1 Jan 2026| a cat<end>"),
+    ("", "leaves out"), (TURN, "leaves out"), (REFUSAL, "not today")])
+def test_an_answer_is_framed_as_the_template_frames_it(template, expected):
+    tokenizer = byte_level_tokenizer(LOOP + template + "{% endfor %}")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
     if "|" not in expected:
-        with stopped(expected):
-            osp.framed(tokenizer, "hi")
+        with pytest.raises(ValueError, match=expected):
+            osp.frame(tokenizer, "hi")
         return
-    [ids] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99)
-    assert osp.framed(tokenizer, "hi") + "|" + tokenizer.decode(ids[:-1]) == expected
+    [ids], [answer] = [osp.encode_prompts(tokenizer, ["hi"]),
+                       osp.encode_responses(tokenizer, ["hi"], ["a cat"], 99)]
+    assert tokenizer.decode(ids) + "|" + tokenizer.decode(answer) == expected
+    assert answer[-1] in osp.stop_token_ids(rotary(), tokenizer)
+
+
+def test_a_cut_response_has_no_end():
+    assert osp.encode_responses(TALK, ["hi"], ["the cat"], 99, ended=False)[0][-1] != TALK.eos_token_id
+
+
+def test_control_tokens_are_those_that_the_template_writes():
+    """They are not flagged special. A token of blanks is none."""
+    tokenizer = byte_level_tokenizer(CHAT)
+    tokenizer.add_tokens(["<|user|>", "<|system|>", "\n\n", "<other>"])
+    assert osp.plain(tokenizer, "<|user|>\n\n<|system|><other>") == "< |user|>\n\n< |system|><other>"
+
+
+def test_what_the_tokenizer_puts_before_a_text_stands_before_a_prompt():
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = tokenizers.processors.TemplateProcessing(
+        "A $A <|endoftext|>", special_tokens=[("A", 7), ("<|endoftext|>", 0)])
+    [ids] = osp.encode_prompts(tokenizer, ["hi"])
+    assert ids == [7, *tokenizer("hi", add_special_tokens=False).input_ids]
 
 
 def test_chat_template_kwargs_reach_the_template(tmp_path):
     folder = saved(tmp_path, rotary(), byte_level_tokenizer("{{ enable_thinking }}" + CHAT))
     _, tokenizer = osp.load_model(folder, arguments('--chat_template_kwargs {"enable_thinking":false}'))
-    assert osp.framed(tokenizer, "hi").startswith("False<|user|>")
+    assert osp.frame(tokenizer, "hi")[0].startswith("False<|user|>")
 
 
 # End to end ---------------------------------------------------------------------------------------
@@ -809,7 +851,7 @@ def living_models():
     return sum(type(one) is transformers.LlamaForCausalLM for one in gc.get_objects())
 
 
-def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp_path, monkeypatch):
+def test_bf16_trains_fp32_weights_with_two_models_of_one_arithmetic(tmp_path, monkeypatch):
     """While a step is logged the policy and the frozen start are alive, and no third model."""
     alive, before, step_figures = [], living_models(), osp.step_figures
 
@@ -820,7 +862,7 @@ def test_bf16_trains_fp32_weights_with_two_models_from_almost_the_same_start(tmp
     monkeypatch.setattr(osp, "step_figures", figures)
     found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
     assert found.weights.dtype == torch.float32
-    assert abs(found.lines[0]["kl"]) < 0.3
+    assert found.lines[0]["kl"] == 0 and found.lines[0]["loss"] == approx(math.log(2))
     assert alive == [2]
 
 
@@ -1030,8 +1072,9 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
         assert [one.text for one in found[6:]] == data[step % 2]
     sources = ["policy"] * 2 + ["reference"] * 2 + ["start", other, *osp.HUMAN]
     assert [one.source for one in found] == sources  # the baseline of ranking is on-policy
-    for one in found[5:]:
+    for one in found[6:]:
         assert [one.ids] == osp.encode_responses(models.tokenizer, [RAIN], [one.text], 6)
+    assert found[5].ids[-1] != models.tokenizer.eos_token_id  # it was cut
     [alone] = osp.respond(models.reference, models.tokenizer, rows, [1, 5], 2, args)
     assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
 
@@ -1141,7 +1184,7 @@ exact.
   tolerance 1e-9. In JAX, set `jax_enable_x64`.
 * A port in float32 has the tolerance of the innermost name that stands here, else that of `other`:
 
-{"logits": 1e-5, "inside": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 5e-6,
+{"logits": 1e-5, "inside": 1e-5, "token_logps": 1e-5, "logps": 1e-5, "p_a": 5e-6, "scores": 1e-5,
 "verdicts": 5e-6, "strength": 5e-6, "ref_logps": 1e-5, "rewards": 2e-5, "losses": 2e-5,
 "loss": 2e-5, "gradient": 1e-5, "metrics": 5e-5, "after": 5e-5, "other": 2e-6}
 
@@ -1348,7 +1391,7 @@ here: they are those of the samples in 6, and the responses are given.
     m = v = 0; t = 0; s = 0                      # AdamW's moments, its count; updates so far
     for each step:
      1  for each prompt i: responses[i] = K responses of the policy        # given
-     2  for each i and k: scores[i][k] = 1 - p_a of the judge, with responses[i][0] as A and
+     2  for each i and k: scores[i][k] = l_B - l_A of the judge, with responses[i][0] as A and
         responses[i][k] as B
      3  pairs = ranked(scores[i]) of each prompt, less the pairs of equal ids
      4  for each pair: p_12 = p_a with the better response as A, p_21 = p_a with the worse one
@@ -1369,7 +1412,7 @@ Of a step:
 2. Ranking: the first response to a prompt is its baseline. It is compared with all K, also with
    itself: `scores` (B, K). Ask equal questions once, so that equal texts tie exactly. Then pair, as
    in pairs.json: with K = 5 the middle one is left out. With K = 2 there is nothing to rank: both
-   scores are 1/2.
+   scores are 0.
 3. `pairs`: P triples [prompt, better, worse] of indices, prompt by prompt, from the outermost pair
    inwards. Pairs of equal ids were dropped: they count nowhere below. Equal texts of different ids,
    as in step 1, are a pair: its strength is exactly 1/2.
@@ -1541,7 +1584,7 @@ def loss_vectors():
         found |= {f"{name}.inputs": inputs, f"{name}.loss": losses, f"{name}.gradients": gradients}
     pairs = [pair_of(*[Candidate([], "", one) for one in writers]) for *writers, _ in GIVEN["cases"]]
     with mock.patch.object(osp, "judge_pairs", lambda *_: [p for *_, p in GIVEN["cases"]]):
-        labels = osp.corrected_labels(None, pairs, Arguments(label_margin=0.25))
+        labels = osp.corrected_labels(None, pairs, Arguments(label_margin=0.25), None)
     return found | {"label_margin": 0.25, "cases": GIVEN["cases"], "labels": labels}
 
 
@@ -1580,7 +1623,7 @@ def text_vectors():
     given, tokenizer = GIVEN["text"], vector_tokenizer()
     texts = prompts, a, b = given["prompts"], given["a"], given["b"]
     return given | {
-        "framed": [osp.framed(tokenizer, prompt) for prompt in prompts],
+        "framed": [osp.frame(tokenizer, prompt)[0] for prompt in prompts],
         "prompt_ids": osp.encode_prompts(tokenizer, prompts),
         "response_ids": osp.encode_responses(tokenizer, prompts * 2, a + b, given["max_new_tokens"]),
         "questions": [osp.judge_question(*one) for one in zip(*texts)],
@@ -1592,7 +1635,8 @@ def model_vectors(kind):
     """What a model says of given tokens, judges and samples."""
     models, args, given = vector_models(kind), Arguments(**GIVEN["arguments"]), GIVEN["tokens"]
     prompts, responses = given.values()
-    ids, mask = osp.padded(prompts, responses, "cpu")
+    halves = osp.left_padded(prompts, "cpu"), osp.right_padded(responses, "cpu")
+    ids, mask = [torch.cat(both, 1) for both in zip(*halves)]
     texts = [GIVEN["text"][name] for name in ("prompts", "a", "b")]
     rows, step = [row_of("rain is", 3), row_of("tea", 8)], 6
     with mock.patch.object(osp, "SAMPLING_BATCH_SIZE", 3):
@@ -1607,7 +1651,7 @@ def model_vectors(kind):
         "logits": osp.forward(models.start, ids, mask) * mask[:, :, None],
         "token_logps": osp.token_logps(models.start, prompts, responses),
         "logps": osp.response_logps(models.start, prompts, responses, 3),
-        "p_a": osp.verdict_probabilities(models.judge, models.tokenizer, *texts),
+        "p_a": osp.language_model_judge(models, *texts, args).sigmoid(),
         "noise": [osp.sampling_noise(*key, args.max_new_tokens) for key in GIVEN["keys"]],
         "samples": [one.ids for one in sum(samples, [])]}
 
@@ -1616,7 +1660,7 @@ def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
     models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
     for task, texts in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
-        loss = osp.supervised_loss(models.policy, *texts, args)
+        loss = osp.add_supervised_gradient(models.policy, *texts, args)
         found |= {f"{task}.prompt_ids": texts[0], f"{task}.target_ids": texts[1], f"{task}.loss": loss}
     return {"pairs": GIVEN["pairs"]} | found | parameters_of(models.policy, "grad", "gradient")
 
@@ -1649,8 +1693,8 @@ def step_vectors(kind, method, own):
             "responses": [[one.ids for one in row] for row in candidates],
             "scores": [[one.score for one in row] for row in candidates],
             "pairs": [[pair.row.index, pair.better.source, pair.worse.source] for pair in pairs],
-            "losses": [pair.seen[0] for pair in pairs],
-            "rewards": [pair.seen[1:] for pair in pairs]}
+            "losses": [pair.before_update[0] for pair in pairs],
+            "rewards": [pair.before_update[1:3] for pair in pairs]}
         for name in ("verdicts", "strength", "ref_logps"):
             items[name] = [getattr(pair, name) for pair in pairs]
         items |= {f"metrics.{name}": value for name, value in metrics.items()}
@@ -1741,12 +1785,12 @@ def test_vectors_are_those_of_yesterday_and_float32_is_within_their_tolerances(f
         assert np.diff(np.unique(scores)).min(initial=1) > 5e-4  # no near tie
 
 
-def mean_of_micro_batches(real, model, losses_of, items, total, size, args):
+def mean_of_micro_batches(real, model, items, size, args):
     """Every micro-batch has the same weight, however many losses it has."""
-    def weighted(part):
-        losses, seen = losses_of(part)
-        return losses * total / (losses != 0).sum() / math.ceil(len(items) / size), seen
-    return real(model, weighted, items, total, size, args)
+    def losses_in(some):
+        return sum(1 if isinstance(one, osp.Pair) else len(one[1]) for one in some)
+    for part, weight in real(model, items, size, args):
+        yield part, weight * losses_in(items) / losses_in(part) / math.ceil(len(items) / size)
 
 
 def masked_by_id(pad, real, *args):
@@ -1789,10 +1833,10 @@ BREAKS = {
     "the dual clip takes soft labels": ("loss", "dual_clip_loss", lambda real, one, two, p, clip: (
         p * real(one, two, p > -1, clip) + (1 - p) * real(one, two, p < -1, clip))),
     "a strength at the margin has a label": (
-        "loss", "corrected_labels", lambda real, models, pairs, args: real(
-            models, pairs, Arguments(label_margin=args.label_margin - 1e-9))),
-    "no human corrects a label": ("loss", "corrected_labels", lambda real, models, pairs, args: real(
-        models, [pair_of("", "") for _ in pairs], args)),
+        "loss", "corrected_labels", lambda real, models, pairs, args, judge: real(
+            models, pairs, Arguments(label_margin=args.label_margin - 1e-9), judge)),
+    "no human corrects a label": ("loss", "corrected_labels", lambda real, models, pairs, *more: real(
+        models, [pair_of("", "") for _ in pairs], *more)),
     "the second order is not asked": ("loss", "averaged_strength", lambda real, p, q: p),
     "an odd K leaves out the last": (
         "pairs", "ranked_pairs", lambda real, scores: real(scores[: len(scores) // 2 * 2])),
@@ -1822,20 +1866,20 @@ BREAKS = {
     "the prompt is no transcript": ("text", "transcript", lambda real, prompt: prompt),
     "A and B change places": ("text", "judge_question", lambda real, x, a, b: real(x, b, a)),
     "verdicts change places": ("text", "verdict_format", lambda real, one: ("", *real(one)[:0:-1])),
-    "a text makes special tokens": ("text", "framed", lambda real, tokenizer, prompt: prompt),
+    "a text makes special tokens": ("text", "frame", lambda real, tokenizer, prompt: (prompt, " ", "<eos>")),
     "a cut response has an EOS": ("text", "encode_responses", lambda real, *args: [
         ids + [1] * (ids[-1] != 1) for ids in real(*args)]),
     "EOS is left out of a response": ("rotary", "token_logps", lambda real, model, x, y, *more: (
-        real(model, x, y, *more) * (osp.padded([[]] * len(y), y, "cpu")[0] != 1))),
+        real(model, x, y, *more) * (osp.right_padded(y, "cpu")[0] != 1))),
     "EOS is counted after a response": ("rotary", "response_logps", lambda real, model, x, y, *more: (
         real(model, x, [ids + [1] for ids in y], *more))),
     "means and not sums": ("rotary", "response_logps", lambda real, model, x, y, *more: (
         real(model, x, y, *more) / torch.tensor(list(map(len, y))))),
     "padding is known by its id 0": ("rotary", "padded", functools.partial(masked_by_id, 0)),
     "EOS is padding": ("rotary", "padded", functools.partial(masked_by_id, 1)),
-    "SFT's loss is a mean of micro-batches": ("sft", "accumulate_gradients", mean_of_micro_batches),
+    "SFT's loss is a mean of micro-batches": ("sft", "micro_batches", mean_of_micro_batches),
     "the loss is a mean of micro-batches": (
-        "steps_rotary", "accumulate_gradients", mean_of_micro_batches),
+        "steps_rotary", "micro_batches", mean_of_micro_batches),
     "beta is left out of one side": (
         "steps_rotary", "spce_loss", lambda real, one, two, p: real(one, two / 0.5, p)),
     "a strength is at least 1/2": ("steps_rotary", "judge_pairs", lambda real, *args: [
@@ -1843,7 +1887,7 @@ BREAKS = {
     "equal texts of different ids are no pair": ("steps_rotary", "judge_pairs", lambda real, *args: [
         p if p != 0.5 else None for p in real(*args)]),
     "the baseline is not ranked": ("steps_rotary", "ranking_scores", lambda real, *args: [
-        [0.5, *scores[1:]] for scores in real(*args)]),
+        [0.0, *scores[1:]] for scores in real(*args)]),
     "the schedule moves without pairs": (
         "steps_rotary", "train_step", functools.partial(moving_without_pairs, "scheduler")),
     "the optimizer moves without pairs": (
@@ -1856,8 +1900,8 @@ BREAKS = {
         real(models, step - 1, args))),
     "TSO's labels are soft": (
         "steps_tso", "corrected_labels", lambda real, *args: osp.judge_pairs(*args)),
-    "unsure pairs are kept": ("steps_tso", "corrected_labels", lambda real, models, pairs, args: real(
-        models, pairs, dataclasses.replace(args, label_margin=0.0)))}
+    "unsure pairs are kept": ("steps_tso", "corrected_labels", lambda real, models, pairs, args, judge: real(
+        models, pairs, dataclasses.replace(args, label_margin=0.0), judge))}
 
 
 @mark.parametrize("name", BREAKS)
@@ -1905,17 +1949,17 @@ def adjacent_pairs(scores):
     return list(zip(order[::2], order[1::2]))
 
 
-def one_order(models, pairs, args):
+def one_order(models, pairs, args, judge):
     """The first verdict alone."""
-    osp.judge_pairs(models, pairs, args)
+    osp.judge_pairs(models, pairs, args, judge)
     return [pair.verdicts[0] for pair in pairs]
 
 
-def noisy_labels(models, pairs, args, noise, drawn):
+def noisy_labels(models, pairs, args, judge, noise, drawn):
     """What a judge says whose verdict is turned round with probability `noise`, (1 - e) p + e (1 - p);
     or a 0/1 label `drawn` from it, a function of the pair, so that it is the same in every epoch."""
     labels = []
-    for pair, p in zip(pairs, osp.judge_pairs(models, pairs, args)):
+    for pair, p in zip(pairs, osp.judge_pairs(models, pairs, args, judge)):
         p = (1 - noise) * p + noise * (1 - p)
         if drawn:
             key = (args.seed, pair.row.index, *pair.better.ids, *pair.worse.ids)
@@ -1924,10 +1968,10 @@ def noisy_labels(models, pairs, args, noise, drawn):
     return labels
 
 
-def labels_by_source(models, pairs, args):
+def labels_by_source(models, pairs, args, judge):
     """TSO without corrections: the label goes by who wrote the two; pairs of one writer are dropped."""
     prior, labels = [*osp.HUMAN, "policy", "reference", "start"], []
-    osp.judge_pairs(models, pairs, args)  # its verdicts are figures of metrics.jsonl only
+    osp.judge_pairs(models, pairs, args, judge)  # its verdicts are figures of metrics.jsonl only
     for pair in pairs:
         better, worse = prior.index(pair.better.source), prior.index(pair.worse.source)
         labels.append(None if better == worse else float(better < worse))
@@ -1959,7 +2003,7 @@ ABLATIONS = {
     "dpo": changed(OSP, loss=dpo_loss),
     "ipo": lambda args: Method(loss=functools.partial(ipo_loss, beta=args.beta)),
     "sampled_once": changed(OSP, sample=sample_once),
-    "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, args: [1.0] * len(pairs)),
+    "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, *_: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
     "random": changed(OSP, score=osp.equal_scores),
     "best_worst": changed(OSP, pair=lambda scores: osp.ranked_pairs(scores)[:1]),
@@ -1995,9 +2039,9 @@ def test_losses_and_pairs_for_comparison_by_hand():
 
 
 def test_noisy_and_drawn_labels(monkeypatch):
-    monkeypatch.setattr(osp, "judge_pairs", lambda models, pairs, args: [0.9] * len(pairs))
+    monkeypatch.setattr(osp, "judge_pairs", lambda models, pairs, *_: [0.9] * len(pairs))
     pairs = [pair_of(Candidate([i], ""), "") for i in range(5000)]
-    noisy, drawn = [noisy_labels(None, pairs, Arguments(), 0.25, drawn) for drawn in (False, True)]
+    noisy, drawn = [noisy_labels(None, pairs, Arguments(), None, 0.25, drawn) for drawn in (False, True)]
     assert noisy[0] == approx(0.75 * 0.9 + 0.25 * 0.1)
     assert set(drawn) == {0.0, 1.0}
     assert np.mean(drawn) == approx(0.7, abs=0.02)
@@ -2050,7 +2094,10 @@ def bench_step(K, bf16):
     policy = tiny(transformers.LlamaConfig, len(tokenizer), hidden_size=256, intermediate_size=704,
                   # larger weights would make gradients that are denormals, and slow
                   num_hidden_layers=4, num_attention_heads=4, initializer_range=0.02)
-    start = osp.bf16_copy(policy) if bf16 else copy.deepcopy(policy)
+    start = copy.deepcopy(policy).requires_grad_(False)
+    for model, dtype in ((policy, torch.float32), (start, torch.bfloat16)):
+        if bf16:
+            osp.in_bf16(model, dtype)
     models = Models(tokenizer, policy, start, reference=start, judge=start)
     osp.start_training(models, 1e-4, 100, args)
     texts = np.random.default_rng(0).choice(BENCH_WORDS, (8, 32))
