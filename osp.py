@@ -1165,7 +1165,7 @@ def check_files(name, trust):
     if find_adapter_config_file(name):
         refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, and give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    if getattr(config, "quantization_config", None):
+    if hasattr(config, "quantization_config"):
         refuse(f"{name!r} is quantized (quantization_config in its config.json), and all weights are "
                "trained here: take the model that it was made from")
 
@@ -1175,10 +1175,8 @@ def check_tokenizer(model, tokenizer, args):
     name, embedded = model.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
-    inner = getattr(getattr(tokenizer, "backend_tokenizer", None), "model", None)
-    if getattr(inner, "dropout", None):
-        inner.dropout = None
-        print(f"The tokenizer of {name!r} drops merges at random: that is switched off")
+    with suppress(AttributeError):  # few have it: merges that are left out at random
+        tokenizer.backend_tokenizer.model.dropout = None
     tokenizer.apply_chat_template = functools.partial(
         tokenizer.apply_chat_template, **args.chat_template_kwargs)
     if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
@@ -1336,9 +1334,8 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     for prompt, ids in zip(prompts, questions):
         of_prompt.setdefault(str(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
-        shared = 0
-        if shares_prompts(judge):
-            shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
+        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
+        shared = shared if shares_prompts(judge) else 0
         rows += [(ids[:shared], ids[shared:]) for ids in group]
     rows.sort(key=lambda row: (len(row[0]), row))
     for part in progress(chunks(rows, micro_batch_size), "judging"):
@@ -1363,11 +1360,11 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # long ones by themselves
     with inference(model, args.bf16) as model:
         for part in progress(chunks(order, size), "sampling"):
-            asked = [(i, k) for i in part for k in ks]
+            asked = [i for i in part for _ in ks]
             noise = [sampling_noise(args.seed, step, rows[i].index, k, args.max_new_tokens)
-                     for i, k in asked]
-            noise, some = torch.tensor(np.array(noise)), [prompts[i] for i, _ in asked]
-            for (i, _), ids in zip(asked, sample(model, some, noise, args.temperature, stops)):
+                     for i in part for k in ks]
+            some, noise = [prompts[i] for i in asked], torch.tensor(np.array(noise))
+            for i, ids in zip(asked, sample(model, some, noise, args.temperature, stops)):
                 said = ids[:-1] if ids[-1] in stops else ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
                 found[i].append(Candidate(ids, text, source))
