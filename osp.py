@@ -33,6 +33,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import itertools
 import json
 import math
@@ -41,6 +42,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
@@ -243,9 +245,11 @@ def supervised_finetune(models, pairs, args):
     steps = sft_steps(pairs, args)
     start_training(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
-    easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
+    easy, easy_steps = by_size[: math.ceil(len(pairs) * EASY_ROWS)], steps * EASY_STEPS
+    epoch = math.ceil(len(pairs) / args.sft_batch_size)
+    easy_steps = min(easy_steps, steps - steps % epoch - epoch)  # leaves a whole epoch of all pairs
     for step, log in resumable_steps("sft", steps, models, args):
-        allowed = easy if step < steps * EASY_STEPS else by_size
+        allowed = easy if step < easy_steps else by_size
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
         losses = {}
         for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
@@ -658,10 +662,11 @@ def refuse(sentence):
 
 
 def cause(error):
-    """The first line of a library's message."""
-    if isinstance(error, StopIteration):
+    """A library's message in one line, and that of what caused it."""
+    if isinstance(error.__cause__, StopIteration):
         return "it is empty"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+    said = f"{str(error) or type(error).__name__} {error.__cause__ or ''}"
+    return " ".join(said.split())[:500].rstrip(".")
 
 
 FROM_HUB = "give a name on the Hub (which needs the network), or a "
@@ -675,8 +680,7 @@ def trying(what, advice, code=2):
     except Stop:
         raise
     except Exception as error:
-        said = cause(error.__cause__ or error)
-        raise Stop(f"Cannot {what} ({said}): {advice}.", code) from error
+        raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
@@ -747,10 +751,11 @@ def verdicts_of_all(judge, tokenizer, texts, args):
 
 def verdict_figures(texts, p_12, p_21):
     """(prompt, response 1, response 2)s and both orders' Pr(A) -> what a judge goes by.
-    Pairs of equal verdicts say nothing of order, those of equal length nothing of length."""
+    Pairs of equal texts say nothing of order, those of equal length nothing of length."""
     lean = averaged_strength(p_12, p_21) - 0.5
+    differ = [one != two for _, one, two in texts]
     longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
-    return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[p_12 != p_21],
+    return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[differ],
                  strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
 
@@ -1405,19 +1410,23 @@ def verdict_format(tokenizer):
 
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
-    """N questions to the judge as ids; where one has over `limit`, the ends of its responses go."""
+    """N questions to the judge as ids; where one has over `limit`, the end of its longer response goes,
+    down to the length of the shorter one, and then the ends of both."""
     end, questions = verdict_format(tokenizer)[0], []
     for prompt, a, b in zip(prompts, shown_as_a, shown_as_b):
         [ids] = encode(tokenizer, [framed(tokenizer, judge_question(prompt, a, b) + end)])
         if len(ids) > limit and a + b:
-            a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
-            [ids] = encode_questions(tokenizer, [prompt], [a], [b], limit)
+            shorter, longer = sorted([len(a), len(b)])
+            most = max(longer * 3 // 4, shorter % longer)  # where both are equal, both are cut
+            [ids] = encode_questions(tokenizer, [prompt], [a[:most]], [b[:most]], limit)
         questions.append(ids)
     return questions
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-COLUMNS = set("prompt question system chosen rejected info summaries choice".split())  # that are read
+FILES = re.compile(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$")  # a name of this form is none on the Hub
+AS_TEXT = re.compile(  # messages that were written as text
+    r"\s*(array\()?\[\s*\{(?=.*['\"](role|from)['\"]\s*:)(?=.*['\"](content|value)['\"]\s*:)", re.S)
 
 
 # What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
@@ -1427,34 +1436,41 @@ Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
 
 def load_data(readers, args):
     """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
-    Without a split to measure on, a tenth of the prompts is held out. Raises Stop."""
+    All splits are drawn from by the seed: their order may mean something. Without one to measure on, a
+    tenth of the prompts is held out, at most num_eval_prompts. Raises Stop."""
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
+    splits = {name: raws.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
+              for name, raws in splits.items()}
     train, (_, tokenizer) = take_split(splits, args.dataset_train_split), readers[0]
     sft, wanted = args.sft and hold_pairs(train.column_names), 4 * args.num_train_prompts
     if sft:
-        all_steps = args.sft_max_steps * args.sft_batch_size
-        wanted = max(wanted, all_steps if all_steps >= 0 else len(train))
-    enough = wanted + max(args.num_eval_prompts, args.num_eval_pairs)
-    train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
-    rows = usable_rows(train, unfit, enough, "training")
-    prompts = [transcript(row[0]) for row in rows]
+        wanted = max(wanted, sft_steps(train, args) * args.sft_batch_size)
+    elif args.sft:
+        print("The rows to train on hold no pairs, so no SFT")
+    few, enough = args.num_eval_prompts, wanted + max(args.num_eval_prompts, args.num_eval_pairs)
     test = args.dataset_test_split
     if test is None and "test" in splits and args.dataset_train_split != "test":
         test = "test"
+    rows = usable_rows(train, unfit, max(enough, 10 * few), "training")  # a tenth of which is `few`
+    prompts = [transcript(row[0]) for row in rows]
     if test:
         held_out = usable_rows(take_split(splits, test), unfit, -1, "held-out")
         held = {transcript(row[0]) for row in held_out}
     else:
-        distinct = list(dict.fromkeys(prompts))
-        held = set(distinct[: min(args.num_eval_prompts, max(1, len(distinct) // 10))])
+        found = list(dict.fromkeys(prompts))
+        held = set(found[: min(few, max(1, len(found) // 10))])
         held_out = [row for row, prompt in zip(rows, prompts) if prompt in held]
     kept = [row for row, prompt in zip(rows, prompts) if prompt not in held][:wanted]
     ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if "ood" in splits else []
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
-    as_rows, few = functools.partial(distinct_prompts, tokenizer), args.num_eval_prompts
+    framed_already = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
+    if framed_already:
+        print(f"Warning: {framed_already} rows spell special tokens, as a chat template does, which become "
+              "plain text: take them, and what else is of the template, out of the data")
+    as_rows = functools.partial(distinct_prompts, tokenizer)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
     return Data(kept if sft else [], as_rows(kept, args.num_train_prompts), as_rows(held_out, few),
                 held_out_pairs, as_rows(ood, few))
@@ -1474,9 +1490,11 @@ def why_unfit(prompt, *responses, readers, new_tokens):
 
 
 def usable_rows(raws, unfit, wanted, name):
-    """The first `wanted` usable rows (-1: all); says what is read and what dropped. Raises Stop."""
-    kept, dropped = [], Counter()
-    used = sorted(COLUMNS & set(raws.column_names))
+    """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
+    what is dropped. Raises Stop."""
+    kept, dropped, prompts = [], Counter(), set()
+    used = columns_read(raws.column_names)
+    unread = ", ".join(set(raws.column_names) - set(used))
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
         for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
@@ -1484,12 +1502,15 @@ def usable_rows(raws, unfit, wanted, name):
                 dropped[reason] += 1
             else:
                 kept.append(row)
-            if len(kept) == wanted:
+                prompts.add(transcript(row[0]))
+            if len(prompts) == wanted:
                 break
     reasons = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
+    reasons += f"; not read: {unread or 'none'}"
     print(f"{name} rows: {len(kept)} of the columns {', '.join(used)}{reasons}")
     if not kept:
-        refuse(f"Of the columns {', '.join(used)} no {name} row is left{reasons}")
+        refuse(f"Of the columns {', '.join(used)} no {name} row is left{reasons}. If the prompts have "
+               "a column of another name, rename it to prompt")
     return kept
 
 
@@ -1510,13 +1531,24 @@ def read_dataset(name, config=None, data_dir=None):
     """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
     if name is None:
         return builtin_preferences()
-    path = Path(name)
-    with trying(f"read the data set {name!r}", FROM_HUB + "file such as .jsonl, or a folder of them"):
+    path, place, files = Path(name), os.path.abspath(name), None
+    advice = FROM_HUB + ("file such as .jsonl, or a folder of them, without brackets in its path; where there "
+                         "are several configurations, give --dataset_config")
+    # the loader's own cache would take a file for another one of the same size and time
+    with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            data = datasets.load_from_disk(name)
-        elif path.suffix and not path.is_dir():
-            path.stat()  # else a file that is not there would be looked for on the Hub
-            data = datasets.load_dataset(str(path.parent), data_files=path.name)
+            data = datasets.load_from_disk(name).with_format(None)
+        elif path.exists():
+            if path.is_file():
+                place, files = folder, glob.escape(place)
+            builder = datasets.load_dataset_builder(
+                place, config, data_dir=data_dir, data_files=files, cache_dir=folder)
+            builder.config.keep_default_na = False  # cells "None" and "NA" of .csv are texts;
+            builder.config.na_values = [""]  # other loaders read neither setting
+            builder.download_and_prepare()
+            data = builder.as_dataset()
+        elif FILES.search(name):
+            path.stat()  # raises
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     return data if isinstance(data, dict) else {"train": data}
@@ -1527,8 +1559,8 @@ def take_split(splits, split):
     if split not in splits:
         refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
                f"{', '.join(map(str, splits))}")
-    names = set(splits[split].column_names)
-    if not ({"prompt", "question"} & names or hold_pairs(names)):
+    names = splits[split].column_names
+    if not columns_read(names):
         refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
                "and those of a better and a worse response, if any, to chosen and rejected")
     return splits[split]
@@ -1537,6 +1569,16 @@ def take_split(splits, split):
 def hold_pairs(names):
     """Whether the columns of these names hold pairs of responses, or prompts alone."""
     return "summaries" in names or {"chosen", "rejected"} <= set(names)
+
+
+def columns_read(names):
+    """Those of a split's columns that are read; none where they fit no format."""
+    if "summaries" in names:
+        return ["info", "summaries", "choice"]
+    read = [name for name in ("prompt", "question") if name in names][:1]
+    if read and "system" in names:
+        read.append("system")
+    return read + ["chosen", "rejected"] * hold_pairs(names)
 
 
 def parse_row(raw):
@@ -1550,7 +1592,7 @@ def parse_row(raw):
         row = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw][:1]
         if raw.get("system"):
             row = [[{"role": "system", "content": raw["system"]}, *as_messages(one)] for one in row]
-        if "chosen" in raw and "rejected" in raw:
+        if "chosen" in raw:
             row = parse_pair(row, cleaned(raw["chosen"]), cleaned(raw["rejected"]))
         prompt, *responses = [cleaned(part) for part in row]
     except ValueError as reason:
@@ -1568,15 +1610,18 @@ def parse_row(raw):
 
 
 def cleaned(value):
-    """A text without blanks at its end; messages with their roles and texts alone, parts joined. Raises
-    ValueError where a text is missing."""
+    """A text without blanks at its end; messages with their roles and texts alone, parts joined; HH's line
+    ends. Raises ValueError where a text is missing, and for messages that were written as text."""
+    if isinstance(value, str) and AS_TEXT.match(value):
+        raise ValueError("messages that are one text: give them as lists, as in .jsonl or .parquet")
     if isinstance(value, list) and value and "role" in value[0]:
         return [{"role": turn["role"], "content": cleaned(turn["content"]).strip()} for turn in value]
     if isinstance(value, list):
         value = "".join(part["text"] for part in value)
     if not any(map(str.isprintable, (value or "").strip())):
         raise ValueError("a prompt, response or turn without text")
-    return value.rstrip()
+    value = value.replace("\r\n", "\n").rstrip()
+    return re.sub(r"^\s*(?=Human:(?s:.*)\n\nAssistant:)", "\n\n", value)
 
 
 def parse_tldr(info, summaries, choice):
@@ -1591,11 +1636,13 @@ def parse_tldr(info, summaries, choice):
 
 def parse_pair(prompts, chosen, rejected):
     """The prompt given, if there is one, or in what both responses begin with: HH's transcripts, or
-    lists of messages, which may repeat the prompt from its start, or its end."""
+    lists of messages, which may repeat the prompt from its start, or its end. Texts may repeat it, too."""
     if isinstance(chosen, str):
-        if prompts:
-            return *prompts, chosen, rejected
         shared = os.path.commonprefix([chosen, rejected])
+        for prompt in prompts:
+            repeated = re.match(re.escape(str(prompt)) + r"(\s|(?<=\W))", shared)  # as whole words
+            end = len(prompt) if repeated else 0
+            return prompt, chosen[end:], rejected[end:]
         end = sum(map(len, shared.rpartition("\n\nAssistant:")[:2]))  # of the LAST that both share
         return shared[:end], chosen[end:], rejected[end:]
     shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
