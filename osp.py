@@ -245,9 +245,9 @@ def supervised_finetune(models, pairs, args):
     steps = sft_steps(pairs, args)
     start_training(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
-    easy, easy_steps = by_size[: math.ceil(len(pairs) * EASY_ROWS)], steps * EASY_STEPS
+    easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
     epoch = math.ceil(len(pairs) / args.sft_batch_size)
-    easy_steps = min(easy_steps, steps - steps % epoch - epoch)  # leaves a whole epoch of all pairs
+    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # leaves an epoch of all pairs
     for step, log in resumable_steps("sft", steps, models, args):
         allowed = easy if step < easy_steps else by_size
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
@@ -1424,11 +1424,6 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-FILES = re.compile(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$")  # a name of this form is none on the Hub
-AS_TEXT = re.compile(  # messages that were written as text
-    r"\s*(array\()?\[\s*\{(?=.*['\"](role|from)['\"]\s*:)(?=.*['\"](content|value)['\"]\s*:)", re.S)
-
-
 # What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
 # prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
 Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
@@ -1440,8 +1435,7 @@ def load_data(readers, args):
     tenth of the prompts is held out, at most num_eval_prompts. Raises Stop."""
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
-    splits = {name: raws.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
-              for name, raws in splits.items()}
+    splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
     train, (_, tokenizer) = take_split(splits, args.dataset_train_split), readers[0]
     sft, wanted = args.sft and hold_pairs(train.column_names), 4 * args.num_train_prompts
     if sft:
@@ -1468,8 +1462,8 @@ def load_data(readers, args):
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
     framed_already = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if framed_already:
-        print(f"Warning: {framed_already} rows spell special tokens, as a chat template does, which become "
-              "plain text: take them, and what else is of the template, out of the data")
+        print(f"Warning: {framed_already} rows spell special tokens, as of a chat template, which are plain "
+              "text here: take them out of the data, with all else that is of the template")
     as_rows = functools.partial(distinct_prompts, tokenizer)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
     return Data(kept if sft else [], as_rows(kept, args.num_train_prompts), as_rows(held_out, few),
@@ -1494,7 +1488,7 @@ def usable_rows(raws, unfit, wanted, name):
     what is dropped. Raises Stop."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
-    unread = ", ".join(set(raws.column_names) - set(used))
+    unread = ", ".join(one for one in raws.column_names if one not in used)
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
         for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
@@ -1505,12 +1499,13 @@ def usable_rows(raws, unfit, wanted, name):
                 prompts.add(transcript(row[0]))
             if len(prompts) == wanted:
                 break
-    reasons = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
-    reasons += f"; not read: {unread or 'none'}"
-    print(f"{name} rows: {len(kept)} of the columns {', '.join(used)}{reasons}")
+    said = f"{name} rows: {len(kept)} of the columns {', '.join(used)}; not read: {unread or 'none'}"
+    for reason, n in dropped.most_common():
+        said += f"; {n} dropped: {reason}"
+    print(said)
     if not kept:
-        refuse(f"Of the columns {', '.join(used)} no {name} row is left{reasons}. If the prompts have "
-               "a column of another name, rename it to prompt")
+        refuse(f"No row is left ({said}). If the prompts have a column of another name, rename it to "
+               "prompt")
     return kept
 
 
@@ -1528,12 +1523,13 @@ def distinct_prompts(tokenizer, rows, most):
 
 
 def read_dataset(name, config=None, data_dir=None):
-    """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
+    """The raw splits, by whichever loader of `datasets` fits the name. What is read from files lies in a
+    folder that goes once it is open. Raises Stop."""
     if name is None:
         return builtin_preferences()
     path, place, files = Path(name), os.path.abspath(name), None
-    advice = FROM_HUB + ("file such as .jsonl, or a folder of them, without brackets in its path; where there "
-                         "are several configurations, give --dataset_config")
+    advice = FROM_HUB + ("file such as .jsonl, or a folder of them, without brackets in its path; and, "
+                         "where it has several configurations, --dataset_config")
     # the loader's own cache would take a file for another one of the same size and time
     with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -1547,8 +1543,8 @@ def read_dataset(name, config=None, data_dir=None):
             builder.config.na_values = [""]  # other loaders read neither setting
             builder.download_and_prepare()
             data = builder.as_dataset()
-        elif FILES.search(name):
-            path.stat()  # raises
+        elif re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
+            path.stat()  # no name on the Hub: says that it is not there
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     return data if isinstance(data, dict) else {"train": data}
@@ -1586,9 +1582,6 @@ def parse_row(raw):
     try:
         if "summaries" in raw:
             raw = parse_tldr(**raw)
-        for name in ("prompt", "question", "chosen", "rejected"):
-            if not isinstance(raw.get(name), str | list | None):
-                raise ValueError(f"{name} is no text, but of the type {type(raw[name]).__name__}")
         row = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw][:1]
         if raw.get("system"):
             row = [[{"role": "system", "content": raw["system"]}, *as_messages(one)] for one in row]
@@ -1610,16 +1603,18 @@ def parse_row(raw):
 
 
 def cleaned(value):
-    """A text without blanks at its end; messages with their roles and texts alone, parts joined; HH's line
-    ends. Raises ValueError where a text is missing, and for messages that were written as text."""
-    if isinstance(value, str) and AS_TEXT.match(value):
-        raise ValueError("messages that are one text: give them as lists, as in .jsonl or .parquet")
+    """A text without blanks at its end, a transcript as HH writes it; messages with their roles and
+    texts alone, parts joined. Raises ValueError where a text is missing, or is something else."""
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"no text, but of the type {type(value).__name__}")
     if isinstance(value, list) and value and "role" in value[0]:
         return [{"role": turn["role"], "content": cleaned(turn["content"]).strip()} for turn in value]
     if isinstance(value, list):
         value = "".join(part["text"] for part in value)
     if not any(map(str.isprintable, (value or "").strip())):
         raise ValueError("a prompt, response or turn without text")
+    if re.match(r"\s*(array\()?\[\s*\{(?s:.*)['\"](role|from)['\"]\s*:", value):
+        raise ValueError("messages that are one text: give them as lists, as in .jsonl or .parquet")
     value = value.replace("\r\n", "\n").rstrip()
     return re.sub(r"^\s*(?=Human:(?s:.*)\n\nAssistant:)", "\n\n", value)
 
@@ -1636,7 +1631,7 @@ def parse_tldr(info, summaries, choice):
 
 def parse_pair(prompts, chosen, rejected):
     """The prompt given, if there is one, or in what both responses begin with: HH's transcripts, or
-    lists of messages, which may repeat the prompt from its start, or its end. Texts may repeat it, too."""
+    lists of messages, which may repeat the prompt from its start, or its end; texts from its start."""
     if isinstance(chosen, str):
         shared = os.path.commonprefix([chosen, rejected])
         for prompt in prompts:

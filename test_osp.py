@@ -295,6 +295,20 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
 
 
+@mark.parametrize("steps, easy", [(5, 0), (9, 0), (10, 3), (50, 15)])
+def test_sft_begins_with_short_pairs_and_shows_every_pair(tmp_path, monkeypatch, steps, easy):
+    """20 pairs, 4 a step: five steps are an epoch, and the shortest quarter are five pairs."""
+    pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
+    tasks = mock.Mock(side_effect=lambda models, batch, args: seen.append(batch) or {})
+    monkeypatch.setattr(osp, "supervised_tasks", tasks)
+    monkeypatch.setattr(osp, "optimizer_step", mock.Mock())
+    args = arguments(f"--output_dir {tmp_path} --sft_batch_size 4 --sft_max_steps {steps}")
+    osp.supervised_finetune(builtin_models(0, 0), pairs, args)
+    assert {pair for batch in seen for pair in batch} == set(pairs)
+    short = [set(batch) <= set(pairs[:5]) for batch in seen]
+    assert short[:easy] == [True] * easy and not all(short[easy : easy + 3])
+
+
 def rates_of(name, warmup_steps, steps=20):
     """The learning rates of a schedule with peak 1."""
     models, found = Models(None, torch.nn.Linear(2, 1)), []
@@ -370,6 +384,10 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
     assert 80 < len(cut) <= 120
     one, two = [re.sub("(?m)^>.*", ">", BYTES.decode(ids)) for ids in (cut, short)]
     assert one == two
+    long = "on the mat " * 99
+    for a, b in (("rain", long), (long, "rain")):
+        [cut] = osp.encode_questions(BYTES, ["hi"], [a], [b], 120)
+        assert "> rain\n" in BYTES.decode(cut)  # the short response is whole
     batch = [("hi", "x" * n, "y") for n in range(99)]
     questions, _ = osp.supervised_tasks(Models(BYTES, model), batch, arguments())["judge"]
     assert max(map(len, questions)) == 129  # room for the verdict
@@ -379,8 +397,10 @@ def test_judge_figures_by_hand(monkeypatch):
     p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
     p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
     texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa bb", "a bb")]
+    equal = osp.verdict_figures([("x", "a", "a"), *texts[1:]], p_12, p_21)
+    assert equal["order_agreement"] == approx((0 + 1 + 0.5 + 1) / 4)  # without the first
     assert osp.verdict_figures(texts, p_12, p_21) == approx({
-        "order_agreement": (1 + 1 + 0.5 + 1) / 4,  # the second's verdicts are equal
+        "order_agreement": (1 + 0 + 1 + 0.5 + 1) / 5,  # the second's go by position alone
         "strength_spread": (0.42 + 0 + 0.44 + 0.1 + 0.5) / 5,
         "longer_preferred": (1 + 0.5 + 1 + 0) / 4})
     monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
@@ -476,6 +496,10 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
+    "hh at once": (texts(HEAD.strip()), HEAD),
+    "hh of windows": (texts(HEAD.replace("\n", "\r\n")), HEAD),
+    "prompt repeated": ({"prompt": "The sky is"} | texts("The sky is"), "The sky is"),
+    "not repeated": ({"prompt": "g"} | texts("", "good"), "g"),
     "parts": ({"prompt": chat([{"type": "text", "text": "The "}, {"text": "sky"}])}, chat("The sky"))}
 WRITERS = {".jsonl": datasets.Dataset.to_json, ".csv": datasets.Dataset.to_csv,
            ".parquet": datasets.Dataset.to_parquet, "": datasets.Dataset.save_to_disk}
@@ -494,6 +518,9 @@ def test_every_format_of_data(tmp_path, name, suffix):
 
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
+    ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
+    ({"prompt": "q", "chosen": str(chat("q", "a")), "rejected": "b"}, "messages that are one text"),
+    ({"prompt": 5}, "of the type int"),
     ({"prompt": None} | texts(), "without text"),
     ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
@@ -506,6 +533,46 @@ def test_a_row_is_dropped_for_a_reason(raw, why):
     assert why in osp.parse_row(raw)
 
 
+def test_whatever_path_a_shell_takes_is_read(tmp_path, monkeypatch):
+    names = ["a.jsonl", "./[v2] x*/b.jsonl", "v1.2 of it/c[1].csv", "json/d.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        rows = datasets.Dataset.from_list([{"prompt": "None", "chosen": "NA", "rejected": "null"}])
+        WRITERS[Path(name).suffix](rows, tmp_path / name)
+    monkeypatch.chdir(tmp_path / "json")
+    for name in (".", "d.jsonl", *[f"../{name}" for name in names], "../v1.2 of it"):
+        assert usable_rows(name) == [("None", "NA", "null")]
+    monkeypatch.chdir(tmp_path)
+    assert usable_rows("json") == [("None", "NA", "null")]
+    for name, expected in (("[v2] x*", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
+        with stopped(expected):
+            osp.read_dataset(name)
+
+
+def test_a_file_that_another_one_replaced_is_read_anew(tmp_path):
+    """Of the same size and time."""
+    for text in ("one", "two"):
+        path = write_lines(tmp_path / "data.jsonl", [{"prompt": text}])
+        os.utime(path, (9, 9))
+        assert usable_rows(path) == [(text,)]
+
+
+def test_folders_of_several_kinds(tmp_path):
+    saved = datasets.Dataset.from_list([FORMATS["standard"][0]]).with_format("numpy", columns=["prompt"])
+    saved.save_to_disk(tmp_path / "saved")
+    assert usable_rows(str(tmp_path / "saved")) == [("The sky is", "good", "bad")]
+    names = ["kind", "useful"]
+    for name in names:
+        write_lines(tmp_path / f"{name}.jsonl", [{name: "q"}])
+    with stopped("column names don't match"):
+        osp.read_dataset(str(tmp_path))
+    configs = "".join(f"\n- config_name: {name}\n  data_files: {name}.jsonl" for name in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:{configs}\n---\n")
+    with stopped("'kind', 'useful'.*--dataset_config"):
+        osp.read_dataset(str(tmp_path))
+    assert osp.read_dataset(str(tmp_path), "useful")["train"]["useful"][:] == ["q"]
+
+
 def data_of(path, more="", *others):
     """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
@@ -515,7 +582,8 @@ def data_of(path, more="", *others):
 @mark.parametrize("content, expected", [
     ('{"text": "a"}', "fit no known format"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
-    ('{"prompt": ""}', "no training row is left; 1 dropped: a prompt, response or turn without text"),
+    ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
+    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: input;.* rename it to prompt"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
     with stopped("No such file"):
@@ -538,6 +606,34 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
     assert not trained & held_out
     assert {row.prompt for row in data.rows} <= trained
     assert {row.prompt for row in data.held_out} <= held_out
+
+
+@mark.parametrize("repeats", [1, 10])
+def test_a_tenth_of_the_prompts_is_held_out_however_many_rows_are_read(tmp_path, repeats):
+    write_lines(tmp_path / "data.jsonl", [{"prompt": f"what is {i % 90} ?"} for i in range(90 * repeats)])
+    for most, expected in ((3, 3), (100, 9)):
+        data = data_of(tmp_path / "data.jsonl", f"--num_train_prompts 1 --num_eval_prompts {most}")
+        assert len(data.held_out) == expected
+
+
+def test_what_is_read_is_said_and_what_looks_framed_is_counted(tmp_path, capsys):
+    rows = [{"prompt": f"{i}", "left": "a", "right": "b", "question": "c"} for i in range(30)]
+    rows[3]["prompt"] += "<|endoftext|>"
+    data_of(write_lines(tmp_path / "data.jsonl", rows))
+    said = capsys.readouterr().out
+    assert "columns prompt; not read: left, right, question\n" in said and "no pairs, so no SFT" in said
+    assert "Warning: 1 rows spell special tokens" in said
+
+
+def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
+    splits = datasets.DatasetDict()
+    for name in ("train", "test", "ood"):
+        rows = [{"prompt": f"{name} {i:03}"} for i in range(300)]
+        splits[name] = datasets.Dataset.from_list(rows)
+    splits.save_to_disk(tmp_path)
+    data = data_of(tmp_path, "--num_eval_prompts 5")
+    assert max(row.prompt for row in data.held_out) > "test 020"
+    assert max(row.prompt for row in data.ood) > "ood 020"
 
 
 @mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
