@@ -1462,12 +1462,12 @@ def load_data(readers, args):
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
     framed_already = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if framed_already:
-        print(f"Warning: {framed_already} rows spell special tokens, as of a chat template, which are plain "
-              "text here: take them out of the data, with all else that is of the template")
-    as_rows = functools.partial(distinct_prompts, tokenizer)
+        print(f"Warning: {framed_already} rows spell special tokens, as chat templates do, but are read as "
+              "plain text: take them out of the data, with all else that is of the template")
+    to_train_on = distinct_prompts(tokenizer, kept, args.num_train_prompts)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
-    return Data(kept if sft else [], as_rows(kept, args.num_train_prompts), as_rows(held_out, few),
-                held_out_pairs, as_rows(ood, few))
+    return Data(kept if sft else [], to_train_on, distinct_prompts(tokenizer, held_out, few),
+                held_out_pairs, distinct_prompts(tokenizer, ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
@@ -1528,8 +1528,8 @@ def read_dataset(name, config=None, data_dir=None):
     if name is None:
         return builtin_preferences()
     path, place, files = Path(name), os.path.abspath(name), None
-    advice = FROM_HUB + ("file such as .jsonl, or a folder of them, without brackets in its path; and, "
-                         "where it has several configurations, --dataset_config")
+    advice = FROM_HUB + ("file such as .jsonl, or a folder of them; and, where there are several "
+                         "configurations, --dataset_config")
     # the loader's own cache would take a file for another one of the same size and time
     with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -1537,6 +1537,8 @@ def read_dataset(name, config=None, data_dir=None):
         elif path.exists():
             if path.is_file():
                 place, files = folder, glob.escape(place)
+            if glob.escape(place) != place:
+                refuse(f"The loader takes {place} for a pattern: give a path without brackets, * and ?")
             builder = datasets.load_dataset_builder(
                 place, config, data_dir=data_dir, data_files=files, cache_dir=folder)
             builder.config.keep_default_na = False  # cells "None" and "NA" of .csv are texts;

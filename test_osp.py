@@ -295,18 +295,16 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
 
 
-@mark.parametrize("steps, easy", [(5, 0), (9, 0), (10, 3), (50, 15)])
-def test_sft_begins_with_short_pairs_and_shows_every_pair(tmp_path, monkeypatch, steps, easy):
-    """20 pairs, 4 a step: five steps are an epoch, and the shortest quarter are five pairs."""
+@mark.parametrize("steps", [5, 9, 10, 50])
+def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
+    """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
     pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
-    tasks = mock.Mock(side_effect=lambda models, batch, args: seen.append(batch) or {})
-    monkeypatch.setattr(osp, "supervised_tasks", tasks)
+    monkeypatch.setattr(osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or {})
     monkeypatch.setattr(osp, "optimizer_step", mock.Mock())
     args = arguments(f"--output_dir {tmp_path} --sft_batch_size 4 --sft_max_steps {steps}")
     osp.supervised_finetune(builtin_models(0, 0), pairs, args)
-    assert {pair for batch in seen for pair in batch} == set(pairs)
-    short = [set(batch) <= set(pairs[:5]) for batch in seen]
-    assert short[:easy] == [True] * easy and not all(short[easy : easy + 3])
+    assert set(sum(seen, [])) == set(pairs)
+    assert steps < 50 or set(sum(seen[:15], [])) == set(pairs[:5])
 
 
 def rates_of(name, warmup_steps, steps=20):
@@ -396,11 +394,9 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
 def test_judge_figures_by_hand(monkeypatch):
     p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
     p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
-    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa bb", "a bb")]
-    equal = osp.verdict_figures([("x", "a", "a"), *texts[1:]], p_12, p_21)
-    assert equal["order_agreement"] == approx((0 + 1 + 0.5 + 1) / 4)  # without the first
+    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa aa", "a bb")]
     assert osp.verdict_figures(texts, p_12, p_21) == approx({
-        "order_agreement": (1 + 0 + 1 + 0.5 + 1) / 5,  # the second's go by position alone
+        "order_agreement": (1 + 0 + 1 + 1) / 4,  # by position alone the second; equal texts the fourth
         "strength_spread": (0.42 + 0 + 0.44 + 0.1 + 0.5) / 5,
         "longer_preferred": (1 + 0.5 + 1 + 0) / 4})
     monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
@@ -502,7 +498,8 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "not repeated": ({"prompt": "g"} | texts("", "good"), "g"),
     "parts": ({"prompt": chat([{"type": "text", "text": "The "}, {"text": "sky"}])}, chat("The sky"))}
 WRITERS = {".jsonl": datasets.Dataset.to_json, ".csv": datasets.Dataset.to_csv,
-           ".parquet": datasets.Dataset.to_parquet, "": datasets.Dataset.save_to_disk}
+           ".parquet": datasets.Dataset.to_parquet,
+           "": lambda data, path: data.with_format("numpy", ["prompt"]).save_to_disk(path)}
 FILES = [(name, ".jsonl") for name in FORMATS]
 FILES += [("hh", ".csv"), ("conversational", ".parquet"), ("conversational", "")]
 
@@ -534,17 +531,14 @@ def test_a_row_is_dropped_for_a_reason(raw, why):
 
 
 def test_whatever_path_a_shell_takes_is_read(tmp_path, monkeypatch):
-    names = ["a.jsonl", "./[v2] x*/b.jsonl", "v1.2 of it/c[1].csv", "json/d.jsonl"]
-    for name in names:
-        (tmp_path / name).parent.mkdir(exist_ok=True)
-        rows = datasets.Dataset.from_list([{"prompt": "None", "chosen": "NA", "rejected": "null"}])
-        WRITERS[Path(name).suffix](rows, tmp_path / name)
-    monkeypatch.chdir(tmp_path / "json")
-    for name in (".", "d.jsonl", *[f"../{name}" for name in names], "../v1.2 of it"):
-        assert usable_rows(name) == [("None", "NA", "null")]
-    monkeypatch.chdir(tmp_path)
-    assert usable_rows("json") == [("None", "NA", "null")]
-    for name, expected in (("[v2] x*", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
+    rows = datasets.Dataset.from_list([{"prompt": "None", "chosen": "NA", "rejected": "null"}])
+    for folder, names in (("v1.2 x/json", [".", "../json"]), ("[v2]*/json", [])):
+        (tmp_path / folder).mkdir(parents=True)
+        rows.to_csv(tmp_path / folder / "a[1].csv")
+        monkeypatch.chdir(tmp_path / folder)
+        for name in (*names, "a[1].csv", "./a[1].csv", "../json/a[1].csv"):
+            assert usable_rows(name) == [("None", "NA", "null")]
+    for name, expected in ((".", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
         with stopped(expected):
             osp.read_dataset(name)
 
@@ -557,10 +551,7 @@ def test_a_file_that_another_one_replaced_is_read_anew(tmp_path):
         assert usable_rows(path) == [(text,)]
 
 
-def test_folders_of_several_kinds(tmp_path):
-    saved = datasets.Dataset.from_list([FORMATS["standard"][0]]).with_format("numpy", columns=["prompt"])
-    saved.save_to_disk(tmp_path / "saved")
-    assert usable_rows(str(tmp_path / "saved")) == [("The sky is", "good", "bad")]
+def test_a_folder_of_different_columns_and_one_of_configurations(tmp_path):
     names = ["kind", "useful"]
     for name in names:
         write_lines(tmp_path / f"{name}.jsonl", [{name: "q"}])
@@ -608,32 +599,17 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
     assert {row.prompt for row in data.held_out} <= held_out
 
 
-@mark.parametrize("repeats", [1, 10])
-def test_a_tenth_of_the_prompts_is_held_out_however_many_rows_are_read(tmp_path, repeats):
-    write_lines(tmp_path / "data.jsonl", [{"prompt": f"what is {i % 90} ?"} for i in range(90 * repeats)])
-    for most, expected in ((3, 3), (100, 9)):
-        data = data_of(tmp_path / "data.jsonl", f"--num_train_prompts 1 --num_eval_prompts {most}")
-        assert len(data.held_out) == expected
-
-
-def test_what_is_read_is_said_and_what_looks_framed_is_counted(tmp_path, capsys):
-    rows = [{"prompt": f"{i}", "left": "a", "right": "b", "question": "c"} for i in range(30)]
-    rows[3]["prompt"] += "<|endoftext|>"
-    data_of(write_lines(tmp_path / "data.jsonl", rows))
-    said = capsys.readouterr().out
-    assert "columns prompt; not read: left, right, question\n" in said and "no pairs, so no SFT" in said
-    assert "Warning: 1 rows spell special tokens" in said
+@mark.parametrize("most, expected", [(3, 3), (100, 9)])
+def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path, most, expected):
+    path = write_lines(tmp_path / "data.jsonl", [{"prompt": f"what is {i % 90} ?"} for i in range(900)])
+    data = data_of(path, f"--num_train_prompts 1 --num_eval_prompts {most} --num_eval_pairs 1")
+    assert len(data.held_out) == expected
 
 
 def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
-    splits = datasets.DatasetDict()
-    for name in ("train", "test", "ood"):
-        rows = [{"prompt": f"{name} {i:03}"} for i in range(300)]
-        splits[name] = datasets.Dataset.from_list(rows)
-    splits.save_to_disk(tmp_path)
-    data = data_of(tmp_path, "--num_eval_prompts 5")
-    assert max(row.prompt for row in data.held_out) > "test 020"
-    assert max(row.prompt for row in data.ood) > "ood 020"
+    rows = datasets.Dataset.from_list([{"prompt": f"{i:03}"} for i in range(300)])
+    datasets.DatasetDict(train=rows, ood=rows).save_to_disk(tmp_path)
+    assert max(row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood) > "020"
 
 
 @mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
@@ -648,12 +624,14 @@ def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     strict = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
-    prompts = [[SYSTEM, *chat("hi")], chat("the cat sat on the mat " * 200), chat("hi"), chat("x")]
-    write_lines(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in prompts])
-    data = data_of(tmp_path / "data.jsonl", "", (rotary(), strict))
-    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "x"}
+    prompts = [[SYSTEM, *chat("hi")], *map(chat, ("the cat sat on the mat " * 200, "hi", "<|endoftext|>"))]
+    rows = [{"prompt": prompt, "question": "q", "chosen": "c"} for prompt in prompts]
+    data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
+    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
-    assert "1 dropped: the chat template refuses it" in shown and "1 dropped: too long" in shown
+    for words in ("prompt; not read: question, chosen", "1 dropped: the chat template refuses it",
+                  "1 dropped: too long", "no pairs, so no SFT", "1 rows spell special tokens"):
+        assert words in shown
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
