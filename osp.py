@@ -1460,10 +1460,10 @@ def load_data(readers, args):
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
-    framed_already = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
-    if framed_already:
-        print(f"Warning: {framed_already} rows spell special tokens, as chat templates do, but are read as "
-              "plain text: take them out of the data, with all else that is of the template")
+    framed_before = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
+    if framed_before:
+        print(f"Warning: {framed_before} rows spell special tokens, as chat templates do, which are read "
+              "as plain text: take them out of the data, with all else that is of the template")
     to_train_on = distinct_prompts(tokenizer, kept, args.num_train_prompts)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
     return Data(kept if sft else [], to_train_on, distinct_prompts(tokenizer, held_out, few),

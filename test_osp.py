@@ -624,8 +624,9 @@ def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     strict = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
-    prompts = [[SYSTEM, *chat("hi")], *map(chat, ("the cat sat on the mat " * 200, "hi", "<|endoftext|>"))]
-    rows = [{"prompt": prompt, "question": "q", "chosen": "c"} for prompt in prompts]
+    prompts = [chat("the cat sat on the mat " * 200), chat("hi"), chat("<|endoftext|>")]
+    rows = [{"prompt": prompt, "question": "q", "chosen": "c"}
+            for prompt in [[SYSTEM, *chat("hi")], *prompts]]
     data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
     assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
