@@ -1460,9 +1460,9 @@ def load_data(readers, args):
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
-    framed_before = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
-    if framed_before:
-        print(f"Warning: {framed_before} rows spell special tokens, as chat templates do, which are read "
+    spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
+    if spelled:
+        print(f"Warning: {spelled} rows spell special tokens, as chat templates do, which are read "
               "as plain text: take them out of the data, with all else that is of the template")
     to_train_on = distinct_prompts(tokenizer, kept, args.num_train_prompts)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
