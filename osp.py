@@ -663,7 +663,7 @@ def refuse(sentence):
 
 def cause(error):
     """A library's message in one line, and that of what caused it."""
-    if isinstance(error.__cause__, StopIteration):
+    if isinstance(error.__cause__ or error, StopIteration):
         return "it is empty"
     said = f"{str(error) or type(error).__name__} {error.__cause__ or ''}"
     return " ".join(said.split())[:500].rstrip(".")
@@ -1499,7 +1499,7 @@ def usable_rows(raws, unfit, wanted, name):
                 prompts.add(transcript(row[0]))
             if len(prompts) == wanted:
                 break
-    said = f"{name} rows: {len(kept)} of the columns {', '.join(used)}; not read: {unread or 'none'}"
+    said = f"{name} rows: {len(kept)} of the columns {', '.join(used)}; not read: {unread or 'nothing'}"
     for reason, n in dropped.most_common():
         said += f"; {n} dropped: {reason}"
     print(said)

@@ -572,6 +572,7 @@ def data_of(path, more="", *others):
 
 @mark.parametrize("content, expected", [
     ('{"text": "a"}', "fit no known format"),
+    ("", "it is empty"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
     ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
     ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: input;.* rename it to prompt"),
