@@ -32,6 +32,7 @@ import dataclasses
 import difflib
 import fcntl
 import functools
+import glob
 import itertools
 import json
 import math
@@ -40,6 +41,7 @@ import random
 import re
 import signal
 import sys
+import tempfile
 import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
@@ -266,8 +268,10 @@ def supervised_finetune(models, pairs, args):
     start_training(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
     easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
+    epoch = math.ceil(len(pairs) / args.sft_batch_size)
+    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # leaves an epoch of all pairs
     for step, log in resumable_steps("sft", steps, models, args):
-        allowed = easy if step < steps * EASY_STEPS else by_size
+        allowed = easy if step < easy_steps else by_size
         batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
         losses = {}
         for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
@@ -686,10 +690,11 @@ def refuse(sentence):
 
 
 def cause(error):
-    """The first line of a library's message."""
-    if isinstance(error, StopIteration):
+    """A library's message in one line, and that of what caused it."""
+    if isinstance(error.__cause__ or error, StopIteration):
         return "it is empty"
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:300].rstrip(".")
+    said = f"{str(error) or type(error).__name__} {error.__cause__ or ''}"
+    return " ".join(said.split())[:500].rstrip(".")
 
 
 FROM_HUB = "give a name on the Hub (which needs the network), or a "
@@ -703,8 +708,7 @@ def trying(what, advice, code=2):
     except Stop:
         raise
     except Exception as error:
-        said = cause(error.__cause__ or error)
-        raise Stop(f"Cannot {what} ({said}): {advice}.", code) from error
+        raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
@@ -776,10 +780,11 @@ def verdicts_of_all(judge, models, texts, args):
 
 def verdict_figures(texts, p_12, p_21):
     """(prompt, response 1, response 2)s and both orders' Pr(A) -> what a judge goes by.
-    Pairs of equal verdicts say nothing of order, those of equal length nothing of length."""
+    Pairs of equal texts say nothing of order, those of equal length nothing of length."""
     lean = averaged_strength(p_12, p_21) - 0.5
+    differ = [one != two for _, one, two in texts]
     longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
-    return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[p_12 != p_21],
+    return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[differ],
                  strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
 
@@ -1525,20 +1530,19 @@ def verdict_format(tokenizer):
 
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
-    """N questions to the judge as ids; where one has over `limit`, the ends of its responses go."""
+    """N questions to the judge as ids; where one has over `limit`, the end of its longer response goes,
+    down to the length of the shorter one, and then the ends of both."""
     end, texts = verdict_format(tokenizer)[0], list(zip(prompts, shown_as_a, shown_as_b))
     rows = encode_prompts(tokenizer, [judge_question(*text) + end for text in texts])
     for i, (prompt, a, b) in enumerate(texts):
         if len(rows[i]) > limit and a + b:
-            a, b = a[: len(a) * 3 // 4], b[: len(b) * 3 // 4]
-            [rows[i]] = encode_questions(tokenizer, [prompt], [a], [b], limit)
+            shorter, longer = sorted([len(a), len(b)])
+            most = max(longer * 3 // 4, shorter % longer)  # where both are equal, both are cut
+            [rows[i]] = encode_questions(tokenizer, [prompt], [a[:most]], [b[:most]], limit)
     return rows
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-COLUMNS = set("prompt question system chosen rejected info summaries choice".split())  # that are read
-
-
 # What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
 # prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
 Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
@@ -1546,37 +1550,43 @@ Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
 
 def load_data(readers, args):
     """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
-    Without a split to measure on, a tenth of the prompts is held out. Raises Stop."""
+    All splits are drawn from by the seed: their order may mean something. Without one to measure on, a
+    tenth of the prompts is held out, at most num_eval_prompts. Raises Stop."""
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
+    splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
     train, (_, tokenizer) = take_split(splits, args.dataset_train_split), readers[0]
     sft, wanted = args.sft and hold_pairs(train.column_names), 4 * args.num_train_prompts
     if sft:
-        all_steps = args.sft_max_steps * args.sft_batch_size
-        wanted = max(wanted, all_steps if all_steps >= 0 else len(train))
-    enough = wanted + max(args.num_eval_prompts, args.num_eval_pairs)
-    train = train.shuffle(seed=args.seed, keep_in_memory=True)  # else it writes beside the data
-    rows = usable_rows(train, unfit, enough, "training")
-    prompts = [transcript(row[0]) for row in rows]
+        wanted = max(wanted, sft_steps(train, args) * args.sft_batch_size)
+    elif args.sft:
+        print("The rows to train on hold no pairs, so no SFT")
+    few, enough = args.num_eval_prompts, wanted + max(args.num_eval_prompts, args.num_eval_pairs)
     test = args.dataset_test_split
     if test is None and "test" in splits and args.dataset_train_split != "test":
         test = "test"
+    rows = usable_rows(train, unfit, max(enough, 10 * few), "training")  # a tenth of which is `few`
+    prompts = [transcript(row[0]) for row in rows]
     if test:
         held_out = usable_rows(take_split(splits, test), unfit, -1, "held-out")
         held = {transcript(row[0]) for row in held_out}
     else:
-        distinct = list(dict.fromkeys(prompts))
-        held = set(distinct[: min(args.num_eval_prompts, max(1, len(distinct) // 10))])
+        found = list(dict.fromkeys(prompts))
+        held = set(found[: min(few, max(1, len(found) // 10))])
         held_out = [row for row, prompt in zip(rows, prompts) if prompt in held]
     kept = [row for row, prompt in zip(rows, prompts) if prompt not in held][:wanted]
     ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if "ood" in splits else []
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
-    as_rows, few = functools.partial(distinct_prompts, tokenizer), args.num_eval_prompts
+    spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
+    if spelled:
+        print(f"Warning: {spelled} rows spell special tokens, as chat templates do, which are read "
+              "as plain text: take them out of the data, with all else that is of the template")
+    to_train_on = distinct_prompts(tokenizer, kept, args.num_train_prompts)
     held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
-    return Data(kept if sft else [], as_rows(kept, args.num_train_prompts), as_rows(held_out, few),
-                held_out_pairs, as_rows(ood, few))
+    return Data(kept if sft else [], to_train_on, distinct_prompts(tokenizer, held_out, few),
+                held_out_pairs, distinct_prompts(tokenizer, ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
@@ -1596,9 +1606,11 @@ def why_unfit(prompt, *responses, readers, new_tokens):
 
 
 def usable_rows(raws, unfit, wanted, name):
-    """The first `wanted` usable rows (-1: all); says what is read and what dropped. Raises Stop."""
-    kept, dropped = [], Counter()
-    used = sorted(COLUMNS & set(raws.column_names))
+    """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
+    what is dropped. Raises Stop."""
+    kept, dropped, prompts = [], Counter(), set()
+    used = columns_read(raws.column_names)
+    unread = ", ".join(one for one in raws.column_names if one not in used)
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
         for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
@@ -1606,12 +1618,16 @@ def usable_rows(raws, unfit, wanted, name):
                 dropped[reason] += 1
             else:
                 kept.append(row)
-            if len(kept) == wanted:
+                prompts.add(transcript(row[0]))
+            if len(prompts) == wanted:
                 break
-    reasons = "".join(f"; {n} dropped: {reason}" for reason, n in dropped.most_common())
-    print(f"{name} rows: {len(kept)} of the columns {', '.join(used)}{reasons}")
+    said = f"{name} rows: {len(kept)} of the columns {', '.join(used)}; not read: {unread or 'nothing'}"
+    for reason, n in dropped.most_common():
+        said += f"; {n} dropped: {reason}"
+    print(said)
     if not kept:
-        refuse(f"Of the columns {', '.join(used)} no {name} row is left{reasons}")
+        refuse(f"No row is left ({said}). If the prompts have a column of another name, rename it to "
+               "prompt")
     return kept
 
 
@@ -1629,16 +1645,30 @@ def distinct_prompts(tokenizer, rows, most):
 
 
 def read_dataset(name, config=None, data_dir=None):
-    """The raw splits, by whichever loader of `datasets` fits the name. Raises Stop."""
+    """The raw splits, by whichever loader of `datasets` fits the name. What is read from files lies in a
+    folder that goes once it is open. Raises Stop."""
     if name is None:
         return builtin_preferences()
-    path = Path(name)
-    with trying(f"read the data set {name!r}", FROM_HUB + "file such as .jsonl, or a folder of them"):
+    path, place, files = Path(name), os.path.abspath(name), None
+    advice = FROM_HUB + ("file such as .jsonl, or a folder of them; and, where there are several "
+                         "configurations, --dataset_config")
+    # the loader's own cache would take a file for another one of the same size and time
+    with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
-            data = datasets.load_from_disk(name)
-        elif path.suffix and not path.is_dir():
-            path.stat()  # else a file that is not there would be looked for on the Hub
-            data = datasets.load_dataset(str(path.parent), data_files=path.name)
+            data = datasets.load_from_disk(name).with_format(None)
+        elif path.exists():
+            if path.is_file():
+                place, files = folder, glob.escape(place)
+            if glob.escape(place) != place:
+                refuse(f"The loader takes {place} for a pattern: give a path without brackets, * and ?")
+            builder = datasets.load_dataset_builder(
+                place, config, data_dir=data_dir, data_files=files, cache_dir=folder)
+            builder.config.keep_default_na = False  # cells "None" and "NA" of .csv are texts;
+            builder.config.na_values = [""]  # other loaders read neither setting
+            builder.download_and_prepare()
+            data = builder.as_dataset()
+        elif re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
+            path.stat()  # no name on the Hub: says that it is not there
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     return data if isinstance(data, dict) else {"train": data}
@@ -1649,8 +1679,8 @@ def take_split(splits, split):
     if split not in splits:
         refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
                f"{', '.join(map(str, splits))}")
-    names = set(splits[split].column_names)
-    if not ({"prompt", "question"} & names or hold_pairs(names)):
+    names = splits[split].column_names
+    if not columns_read(names):
         refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
                "and those of a better and a worse response, if any, to chosen and rejected")
     return splits[split]
@@ -1661,18 +1691,25 @@ def hold_pairs(names):
     return "summaries" in names or {"chosen", "rejected"} <= set(names)
 
 
+def columns_read(names):
+    """Those of a split's columns that are read; none where they fit no format."""
+    if "summaries" in names:
+        return ["info", "summaries", "choice"]
+    read = [name for name in ("prompt", "question") if name in names][:1]
+    if read and "system" in names:
+        read.append("system")
+    return read + ["chosen", "rejected"] * hold_pairs(names)
+
+
 def parse_row(raw):
     """A raw row of any known format -> (prompt, chosen, rejected) or (prompt,); or why it is dropped."""
     try:
         if "summaries" in raw:
             raw = parse_tldr(**raw)
-        for name in ("prompt", "question", "chosen", "rejected"):
-            if not isinstance(raw.get(name), str | list | None):
-                raise ValueError(f"{name} is no text, but of the type {type(raw[name]).__name__}")
         row = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw][:1]
         if raw.get("system"):
             row = [[{"role": "system", "content": raw["system"]}, *as_messages(one)] for one in row]
-        if "chosen" in raw and "rejected" in raw:
+        if "chosen" in raw:
             row = parse_pair(row, cleaned(raw["chosen"]), cleaned(raw["rejected"]))
         prompt, *responses = [cleaned(part) for part in row]
     except ValueError as reason:
@@ -1690,15 +1727,20 @@ def parse_row(raw):
 
 
 def cleaned(value):
-    """A text without blanks at its end; messages with their roles and texts alone, parts joined. Raises
-    ValueError where a text is missing."""
+    """A text without blanks at its end, a transcript as HH writes it; messages with their roles and
+    texts alone, parts joined. Raises ValueError where a text is missing, or is something else."""
+    if not isinstance(value, str | list | None):
+        raise ValueError(f"no text, but of the type {type(value).__name__}")
     if isinstance(value, list) and value and "role" in value[0]:
         return [{"role": turn["role"], "content": cleaned(turn["content"]).strip()} for turn in value]
     if isinstance(value, list):
         value = "".join(part["text"] for part in value)
     if not any(map(str.isprintable, (value or "").strip())):
         raise ValueError("a prompt, response or turn without text")
-    return value.rstrip()
+    if re.match(r"\s*(array\()?\[\s*\{(?s:.*)['\"](role|from)['\"]\s*:", value):
+        raise ValueError("messages that are one text: give them as lists, as in .jsonl or .parquet")
+    value = value.replace("\r\n", "\n").rstrip()
+    return re.sub(r"^\s*(?=Human:(?s:.*)\n\nAssistant:)", "\n\n", value)
 
 
 def parse_tldr(info, summaries, choice):
@@ -1713,11 +1755,13 @@ def parse_tldr(info, summaries, choice):
 
 def parse_pair(prompts, chosen, rejected):
     """The prompt given, if there is one, or in what both responses begin with: HH's transcripts, or
-    lists of messages, which may repeat the prompt from its start, or its end."""
+    lists of messages, which may repeat the prompt from its start, or its end; texts from its start."""
     if isinstance(chosen, str):
-        if prompts:
-            return *prompts, chosen, rejected
         shared = os.path.commonprefix([chosen, rejected])
+        for prompt in prompts:
+            repeated = re.match(re.escape(str(prompt)) + r"(\s|(?<=\W))", shared)  # as whole words
+            end = len(prompt) if repeated else 0
+            return prompt, chosen[end:], rejected[end:]
         end = sum(map(len, shared.rpartition("\n\nAssistant:")[:2]))  # of the LAST that both share
         return shared[:end], chosen[end:], rejected[end:]
     shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])

@@ -295,6 +295,18 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
 
 
+@mark.parametrize("steps", [5, 9, 10, 50])
+def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
+    """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
+    pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
+    monkeypatch.setattr(osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or {})
+    monkeypatch.setattr(osp, "optimizer_step", mock.Mock())
+    args = arguments(f"--output_dir {tmp_path} --sft_batch_size 4 --sft_max_steps {steps}")
+    osp.supervised_finetune(builtin_models(0, 0), pairs, args)
+    assert set(sum(seen, [])) == set(pairs)
+    assert steps < 50 or set(sum(seen[:15], [])) == set(pairs[:5])
+
+
 def rates_of(name, warmup_steps, steps=20):
     """The learning rates of a schedule with peak 1."""
     models, found = Models(None, torch.nn.Linear(2, 1)), []
@@ -385,6 +397,10 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
     assert 80 < len(cut) <= 120
     one, two = [re.sub("(?m)^>.*", ">", BYTES.decode(ids)) for ids in (cut, short)]
     assert one == two
+    long = "on the mat " * 99
+    for a, b in (("rain", long), (long, "rain")):
+        [cut] = osp.encode_questions(BYTES, ["hi"], [a], [b], 120)
+        assert "> rain\n" in BYTES.decode(cut)  # the short response is whole
     batch = [("hi", "x" * n, "y") for n in range(99)]
     questions, _ = osp.supervised_tasks(Models(BYTES, model), batch, arguments())["judge"]
     assert max(map(len, questions)) == 129  # room for the verdict
@@ -393,9 +409,9 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
 def test_judge_figures_by_hand(monkeypatch):
     p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
     p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
-    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa bb", "a bb")]
+    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa aa", "a bb")]
     assert osp.verdict_figures(texts, p_12, p_21) == approx({
-        "order_agreement": (1 + 1 + 0.5 + 1) / 4,  # the second's verdicts are equal
+        "order_agreement": (1 + 0 + 1 + 1) / 4,  # by position alone the second; equal texts the fourth
         "strength_spread": (0.42 + 0 + 0.44 + 0.1 + 0.5) / 5,
         "longer_preferred": (1 + 0.5 + 1 + 0) / 4})
     monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
@@ -492,9 +508,14 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
+    "hh at once": (texts(HEAD.strip()), HEAD),
+    "hh of windows": (texts(HEAD.replace("\n", "\r\n")), HEAD),
+    "prompt repeated": ({"prompt": "The sky is"} | texts("The sky is"), "The sky is"),
+    "not repeated": ({"prompt": "g"} | texts("", "good"), "g"),
     "parts": ({"prompt": chat([{"type": "text", "text": "The "}, {"text": "sky"}])}, chat("The sky"))}
 WRITERS = {".jsonl": datasets.Dataset.to_json, ".csv": datasets.Dataset.to_csv,
-           ".parquet": datasets.Dataset.to_parquet, "": datasets.Dataset.save_to_disk}
+           ".parquet": datasets.Dataset.to_parquet,
+           "": lambda data, path: data.with_format("numpy", ["prompt"]).save_to_disk(path)}
 FILES = [(name, ".jsonl") for name in FORMATS]
 FILES += [("hh", ".csv"), ("conversational", ".parquet"), ("conversational", "")]
 
@@ -510,6 +531,9 @@ def test_every_format_of_data(tmp_path, name, suffix):
 
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
+    ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
+    ({"prompt": "q", "chosen": str(chat("q", "a")), "rejected": "b"}, "messages that are one text"),
+    ({"prompt": 5}, "of the type int"),
     ({"prompt": None} | texts(), "without text"),
     ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
@@ -522,6 +546,40 @@ def test_a_row_is_dropped_for_a_reason(raw, why):
     assert why in osp.parse_row(raw)
 
 
+def test_whatever_path_a_shell_takes_is_read(tmp_path, monkeypatch):
+    rows = datasets.Dataset.from_list([{"prompt": "None", "chosen": "NA", "rejected": "null"}])
+    for folder, names in (("v1.2 x/json", [".", "../json"]), ("[v2]*/json", [])):
+        (tmp_path / folder).mkdir(parents=True)
+        rows.to_csv(tmp_path / folder / "a[1].csv")
+        monkeypatch.chdir(tmp_path / folder)
+        for name in (*names, "a[1].csv", "./a[1].csv", "../json/a[1].csv"):
+            assert usable_rows(name) == [("None", "NA", "null")]
+    for name, expected in ((".", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
+        with stopped(expected):
+            osp.read_dataset(name)
+
+
+def test_a_file_that_another_one_replaced_is_read_anew(tmp_path):
+    """Of the same size and time."""
+    for text in ("one", "two"):
+        path = write_lines(tmp_path / "data.jsonl", [{"prompt": text}])
+        os.utime(path, (9, 9))
+        assert usable_rows(path) == [(text,)]
+
+
+def test_a_folder_of_different_columns_and_one_of_configurations(tmp_path):
+    names = ["kind", "useful"]
+    for name in names:
+        write_lines(tmp_path / f"{name}.jsonl", [{name: "q"}])
+    with stopped("column names don't match"):
+        osp.read_dataset(str(tmp_path))
+    configs = "".join(f"\n- config_name: {name}\n  data_files: {name}.jsonl" for name in names)
+    (tmp_path / "README.md").write_text(f"---\nconfigs:{configs}\n---\n")
+    with stopped("'kind', 'useful'.*--dataset_config"):
+        osp.read_dataset(str(tmp_path))
+    assert osp.read_dataset(str(tmp_path), "useful")["train"]["useful"][:] == ["q"]
+
+
 def data_of(path, more="", *others):
     """The Data that a run of a tiny model would have, with other models that respond or judge."""
     args = arguments(f"--model_name_or_path m --dataset_name {path} --max_new_tokens 8 {more}")
@@ -530,8 +588,10 @@ def data_of(path, more="", *others):
 
 @mark.parametrize("content, expected", [
     ('{"text": "a"}', "fit no known format"),
+    ("", "it is empty"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
-    ('{"prompt": ""}', "no training row is left; 1 dropped: a prompt, response or turn without text"),
+    ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
+    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: input;.* rename it to prompt"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
     with stopped("No such file"):
@@ -556,6 +616,19 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
     assert {row.prompt for row in data.held_out} <= held_out
 
 
+@mark.parametrize("most, expected", [(3, 3), (100, 9)])
+def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path, most, expected):
+    path = write_lines(tmp_path / "data.jsonl", [{"prompt": f"what is {i % 90} ?"} for i in range(900)])
+    data = data_of(path, f"--num_train_prompts 1 --num_eval_prompts {most} --num_eval_pairs 1")
+    assert len(data.held_out) == expected
+
+
+def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
+    rows = datasets.Dataset.from_list([{"prompt": f"{i:03}"} for i in range(300)])
+    datasets.DatasetDict(train=rows, ood=rows).save_to_disk(tmp_path)
+    assert max(row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood) > "020"
+
+
 @mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
 def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
@@ -568,12 +641,15 @@ def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     strict = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
-    prompts = [[SYSTEM, *chat("hi")], chat("the cat sat on the mat " * 200), chat("hi"), chat("x")]
-    write_lines(tmp_path / "data.jsonl", [{"prompt": prompt} for prompt in prompts])
-    data = data_of(tmp_path / "data.jsonl", "", (rotary(), strict))
-    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "x"}
+    prompts = [chat("the cat sat on the mat " * 200), chat("hi"), chat("<|endoftext|>")]
+    rows = [{"prompt": prompt, "question": "q", "chosen": "c"}
+            for prompt in [[SYSTEM, *chat("hi")], *prompts]]
+    data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
+    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
-    assert "1 dropped: the chat template refuses it" in shown and "1 dropped: too long" in shown
+    for words in ("prompt; not read: question, chosen", "1 dropped: the chat template refuses it",
+                  "1 dropped: too long", "no pairs, so no SFT", "1 rows spell special tokens"):
+        assert words in shown
 
 
 KEYS = st.sampled_from(["role", "content", "post", "text"])
