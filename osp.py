@@ -608,7 +608,7 @@ class Arguments(MethodArguments):
     num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
     eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
     # -- tso --
-    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # models to ask, too
+    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # models asked too
     dual_clip: float = 0.2  # a reward has no gradient beyond it, above or below
     label_margin: float = 0.1  # pairs whose strength is nearer to 1/2 are dropped
     reference_steps: int = 50  # steps after which the reference becomes the policy
@@ -929,9 +929,7 @@ def warnings(summary):
 
 # 14. The folder of a run --------------------------------------------------------------------------
 SHOWN = ("respond", "judge", "loss", "strength_mean", "margin", "kl")  # of a step, on the progress bar
-
-
-CHANGE_NO_RESULT = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpointing"}
+MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpointing"}  # of a run
 
 
 def check_folder(args):
@@ -939,8 +937,8 @@ def check_folder(args):
     folder, path = args.output_dir, args.output_dir / "arguments.json"
     if path.exists():
         then = json.loads(path.read_text("utf-8"))
-        changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
-                   if name not in CHANGE_NO_RESULT and then.get(name, value) != value]
+        changed = [f"{name} was {then[name]!r}, is {value!r}" for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and then.get(name, value) != value]
         if changed:
             refuse(f"{folder} holds a run with other arguments ({'; '.join(changed)}): give the same, "
                    "give another --output_dir, or remove the folder")
@@ -952,8 +950,8 @@ def check_folder(args):
 def note_fingerprints(data, policy, path, args):
     """Notes what stood behind the names of data and model, for check_folder to compare."""
     weights = [torch.hash_tensor(weight).item() for weight in policy.parameters()]
-    for name, read in (("data", data), (f"weights of {path}", weights)):
-        vars(args)[name] = hashlib.sha256(repr(read).encode()).hexdigest()[:12]
+    for name, read in (("the data", data), (path, weights)):
+        vars(args)[f"fingerprint of {name}"] = hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
 
 def newest_start(args):
@@ -1071,11 +1069,11 @@ def load_checkpoint(models, path):
 
 
 def newest_step(args):
-    """The step from which the same command goes on, in words."""
-    made, begun = [(args.output_dir / name).exists() for name in ("sft", "sft.jsonl")]
-    path = args.output_dir / ("sft.pt" if begun and not made else "metrics.pt")
-    step = torch.load(path, mmap=True)["step"] if path.exists() else 0
-    return f"step {step} of {path.stem}.jsonl"
+    """The step after which the same command goes on, in words."""
+    paths = sorted(args.output_dir.glob("*.pt"))  # metrics.pt comes before sft.pt
+    if not paths:
+        return "step 0"
+    return f"step {torch.load(paths[0], mmap=True)['step']} of {paths[0].stem}.jsonl"
 
 
 def resumable_steps(name, steps, models, args):
@@ -1975,9 +1973,8 @@ def preference(pair, answer):
 
 def read_answer(pair, count):
     """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises Stop."""
-    text = f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
-    text += f"2: {pair.worse.text}\n"
-    say(text)
+    say(f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
+        f"2: {pair.worse.text}\n")
     answer = ""
     while answer not in ("1", "2", "s"):
         try:
