@@ -33,6 +33,7 @@ import difflib
 import fcntl
 import functools
 import glob
+import hashlib
 import itertools
 import json
 import math
@@ -73,29 +74,36 @@ class Stop(Exception):
 
 
 # 1. Arguments of the method -----------------------------------------------------------------------
+Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
+
+
 @dataclasses.dataclass
 class MethodArguments:
-    """What the method depends on; a comment is the help on its option. BUILTIN (section 12) has the
-    values of the built-in task. Of all these the paper's public text names only the 200 prompts."""
-    method: str = "osp"  # a name in METHODS
+    """What the method depends on; a comment is the help on its option, in the group named above it.
+    BUILTIN (section 12) has the values of the built-in task. Of all these the paper's public text names
+    only the 200 prompts."""
+    # -- method --
+    method: str = "osp"  # what is run: osp, tso, or collect
     model_name_or_path: str | None = None  # Hub name or folder; none: a tiny random model
     seed: int = 0  # the only source of randomness
-    sft_learning_rate: float = 1e-5  # peak learning rate of SFT
-    sft_batch_size: int = 16  # preference pairs an SFT step, each in both orders
-    sft_num_train_epochs: int = 6  # passes of SFT over the pairs
-    sft_max_steps: int = -1  # SFT steps; -1: after these passes
     num_generations: int = 8  # K, the responses sampled for each prompt
     max_new_tokens: int = 128  # longest response, in tokens
-    temperature: float = 1.0  # of sampling; 1 is on-policy
+    temperature: float = 1.0  # temperature of sampling; 1 is on-policy
     beta: float = 0.1  # scale of the implicit reward
     num_train_prompts: int = 200  # distinct prompts to train on
     prompts_per_step: int = 16  # B, the prompts of a step, of all processes together
     num_train_epochs: int = 3  # passes over these prompts
     max_steps: int = -1  # steps; -1: after these passes; 0: only SFT and evaluation
     learning_rate: float = 1e-6  # peak learning rate
-    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup"] = "linear"  # form
-    warmup_steps: float = 0.1  # steps of warm-up; below 1: their share of all steps
+    lr_scheduler_type: Schedule = "linear"  # curve of the learning rate after its warm-up
+    warmup_steps: float = 0.1  # steps of warm-up; below 1: a share of all
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
+    # -- SFT --
+    sft: bool = True  # fine-tune first, where the data has chosen and rejected
+    sft_learning_rate: float = 1e-5  # peak learning rate of SFT
+    sft_batch_size: int = 16  # preference pairs an SFT step, each in both orders
+    sft_num_train_epochs: int = 6  # passes of SFT over the pairs
+    sft_max_steps: int = -1  # SFT steps; -1: after these passes
 
 
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
@@ -421,12 +429,23 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 # 10. Update: one optimiser step on all parameters -------------------------------------------------
 def start_training(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
-    weights are fp32 even with --bf16, which would round small updates away. Warm-up begins at rate 0."""
-    weights, warmup, schedule = models.policy.parameters(), args.warmup_steps, args.lr_scheduler_type
-    if warmup < 1:
-        warmup = min(math.ceil(warmup * steps), max(0, steps - 1))  # a single step has none
+    weights are fp32 even with --bf16, which would round small updates away. The schedule begins at its
+    second rate, since that of a warm-up's first step is 0."""
+    weights, schedule = models.policy.parameters(), args.lr_scheduler_type
+    warmup = in_steps(args.warmup_steps, steps)
+    if args.warmup_steps < 1:
+        warmup = min(warmup, steps - 1)  # a single step has none
+    elif warmup >= steps:
+        say(f"Warning: the warm-up of {warmup} steps is longer than the {steps} that there are")
     models.optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    models.scheduler = transformers.get_scheduler(schedule, models.optimizer, int(warmup), steps)
+    models.scheduler = transformers.get_scheduler(schedule, models.optimizer, warmup + 1, steps + 1)
+    models.optimizer.step()  # without gradients it does nothing; torch wants it before the next line
+    models.scheduler.step()
+
+
+def in_steps(value, steps):
+    """A number of steps; below 1 it is a share of all steps, rounded up."""
+    return int(value) if value >= 1 else math.ceil(value * steps)
 
 
 def optimizer_step(models, loss, where, args):
@@ -530,7 +549,7 @@ def train(models, data, method, args):
     for step, log in resumable_steps("metrics", steps, models, args):
         indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
         metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
-        if (step + 1) % args.eval_steps == 0 or step + 1 == steps:
+        if (step + 1) % in_steps(args.eval_steps, steps) == 0 or step + 1 == steps:
             evaluation = evaluate(models, data.held_out, before, method, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
         log(metrics)
@@ -575,7 +594,9 @@ def run_method(args) -> dict:
     if not args.dataset_name:
         method = dataclasses.replace(method, gold=gold_reward)
     data = load_data([(policy, tokenizer), *others.values()], args)
-    print(forecast(policy, data, args))
+    note_fingerprints(data, policy, path, args)
+    check_folder(args)  # once more, by what was read
+    say(forecast(policy, data, args))
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args), others=others)
@@ -599,6 +620,7 @@ def json_object(text):
 @dataclasses.dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
+    # -- data and folder --
     dataset_name: str | None = None  # Hub name, file or folder; none: the built-in task
     dataset_config: str | None = None  # configuration of the data set
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
@@ -607,25 +629,28 @@ class Arguments(MethodArguments):
     chat_template_kwargs: json_object = dataclasses.field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
-    save_steps: int = 100  # steps between checkpoints, of SFT and of the method
-    sft: bool = True  # fine-tune first, where the data has chosen and rejected
+    # -- speed and memory --
+    save_steps: float = 0.1  # steps between checkpoints; below 1: a share of those of the phase
     bf16: bool = False  # bf16 autocast for the update, bf16 copies for all else
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass
-    micro_batch_size: int = 8  # sequences a forward pass
-    eval_steps: int = 50  # steps between evaluations
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
+    micro_batch_size: int = 8  # sequences in one forward pass; fewer take less memory
+    # -- evaluation --
+    eval_steps: float = 0.1  # steps between evaluations; below 1: a share of all
     num_eval_prompts: int = 256  # held-out prompts, one sampled response each
     num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
     eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
-    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # tso, collect also
-    dual_clip: float = 0.2  # tso: a reward has no gradient beyond it, above or below
-    label_margin: float = 0.1  # tso: pairs whose strength is nearer to 1/2 are dropped
-    reference_steps: int = 50  # tso: steps after which the reference becomes the policy
-    num_labels: int = 500  # collect: how many pairs a human labels
-    keep_prompts: float = 0.5  # collect: share of prompts to keep, those of the widest spread of scores
-    max_similarity: float = 0.9  # collect: pairs of texts more alike are dropped; 1 is equal
-    min_strength: float = 0.55  # collect: pairs nearer to a tie are dropped
-    max_strength: float = 0.95  # collect: pairs nearer to a landslide are dropped
-    pairs_per_prompt: int = 2  # collect: at most so many pairs a prompt, the least alike first
+    # -- tso --
+    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # models asked too
+    dual_clip: float = 0.2  # a reward has no gradient beyond it, above or below
+    label_margin: float = 0.1  # pairs whose strength is nearer to 1/2 are dropped
+    reference_steps: int = 50  # steps after which the reference becomes the policy
+    # -- collect --
+    num_labels: int = 500  # how many pairs a human labels
+    keep_prompts: float = 0.5  # share of prompts to keep, those of the widest spread of scores
+    max_similarity: float = 0.9  # pairs of texts more alike are dropped; 1 is equal
+    min_strength: float = 0.55  # pairs nearer to a tie are dropped
+    max_strength: float = 0.95  # pairs nearer to a landslide are dropped
+    pairs_per_prompt: int = 2  # most pairs of one prompt, the least alike first
 
 
 BUILTIN = {
@@ -639,9 +664,17 @@ def parse_arguments(argv):
     """The command line as Arguments, checked. Raises Stop."""
     own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
     parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
-    helps = dict(re.findall(r"^    (\w+): .*  # (.+)", Path(__file__).read_text("utf-8"), re.M))
-    for action in parser._actions:
-        action.help = helps.get(action.dest, action.help)
+    source = Path(__file__).read_text("utf-8")
+    for title, name, text in re.findall(r"^    (?:# -- (.+) --|(\w+): .*  # (.+))", source, re.M):
+        if title:
+            group = parser.add_argument_group(title)
+        for action in parser._actions:
+            if action.dest == name:
+                action.help = text
+                parser._optionals._group_actions.remove(action)
+                group._group_actions.append(action)
+    parser._option_string_actions["--no_sft"].help = "leave out SFT: the model judges as it is"
+    parser.print_help = lambda: say(parser.format_help())
     parser.error = refuse
     if parser.parse_args(argv).model_name_or_path is None:
         parser.set_defaults(**BUILTIN)
@@ -665,12 +698,25 @@ def main(argv: list[str] | None = None) -> dict:
     args = parse_arguments(argv)
     check_folder(args)
     path = args.output_dir / "summary.json"
-    if not path.exists():
+    if path.exists():
+        say(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
+        summary = json.loads(path.read_text("utf-8"))
+        show(summary, args)
+        return summary
+    try:
         return run_method(args)
-    print(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
-    summary = json.loads(path.read_text("utf-8"))
-    show(summary, args)
-    return summary
+    except KeyboardInterrupt:
+        why, code = "interrupted", 130
+    except Exception as error:
+        if not out_of_memory(error):
+            raise
+        why, code = "out of memory: give a smaller --micro_batch_size, or --gradient_checkpointing", 1
+    raise Stop(f"{why}; the same command goes on from {newest_step(args)}.", code)
+
+
+def out_of_memory(error):
+    """Whether an error says that memory is short. torch has several kinds of them."""
+    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
 
 
 def forecast(model, data, args):
@@ -682,6 +728,16 @@ def forecast(model, data, args):
     return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
             f"copy, and more for activations; {sft_steps(data.sft_pairs, args)} steps of SFT, then "
             f"{steps} steps with {responses} responses")
+
+
+def say(text, file=None):
+    """Prints a text, in which no character controls the terminal. When nobody reads the standard output
+    any more, as behind a pipe into head, the rest is left out."""
+    shown = "".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text)
+    try:
+        print(shown, file=file, flush=True)
+    except BrokenPipeError:
+        sys.stdout = open(os.devnull, "w")
 
 
 def refuse(sentence):
@@ -708,6 +764,8 @@ def trying(what, advice, code=2):
     except Stop:
         raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
@@ -851,21 +909,22 @@ def report(summary, models, data, method, args):
 
 def finish(summary, args):
     """Writes summary.json, by which a run is finished, and shows it."""
-    write_text(args.output_dir / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
-    if RANK == 0:
-        (args.output_dir / "metrics.pt").unlink(missing_ok=True)
+    write_text(args.output_dir / "summary.json", as_json(summary, indent=2) + "\n")
     show(summary, args)
 
 
 def show(summary, args):
-    """Prints the result of a run."""
+    """Prints the result of a finished run, and removes what only going on needed."""
+    for name in ("sft.pt", ".sft.pt.partial", "metrics.pt", ".metrics.pt.partial"):
+        if RANK == 0:
+            (args.output_dir / name).unlink(missing_ok=True)
     if args.method == "collect":
-        print(f"{summary}\nTo train on the labels: --dataset_name {args.output_dir}/preferences.jsonl")
+        say(f"{summary}\nTo train on the labels: --dataset_name {args.output_dir}/preferences.jsonl")
         return
     for prompt, after, before in summary["examples"]:
-        print(f"\n{transcript(prompt)}\n  SFT: {before}\n  policy: {after}")
-    print(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
-          "metrics.jsonl, summary.json and curves.png.\n")
+        say(f"\n{transcript(prompt)}\n  SFT: {before}\n  policy: {after}")
+    say(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
+        "metrics.jsonl, summary.json and curves.png.\n")
 
 
 def report_table(summary, method):
@@ -904,21 +963,29 @@ def warnings(summary):
 
 # 14. The folder of a run --------------------------------------------------------------------------
 SHOWN = ("respond", "judge", "loss", "strength_mean", "margin", "kl")  # of a step, on the progress bar
+MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpointing"}  # of a run
 
 
 def check_folder(args):
-    """Raises Stop unless --output_dir is empty, new, or holds a run with the same arguments."""
+    """Raises Stop unless --output_dir is empty, new, or holds a run with the same arguments and data."""
     folder, path = args.output_dir, args.output_dir / "arguments.json"
     if path.exists():
         then = json.loads(path.read_text("utf-8"))
-        changed = [f"{name} was {then.get(name)!r}, is {value!r}" for name, value in vars(args).items()
-                   if name != "output_dir" and then.get(name) != value]
+        changed = [f"{name} was {then[name]!r}, is {value!r}" for name, value in vars(args).items()
+                   if name not in MAY_CHANGE and then.get(name, value) != value]
         if changed:
             refuse(f"{folder} holds a run with other arguments ({'; '.join(changed)}): give the same, "
                    "give another --output_dir, or remove the folder")
     ours = {".lock", ".arguments.json.partial"}
     if not path.exists() and folder.is_dir() and {one.name for one in folder.iterdir()} - ours:
         refuse(f"{folder} holds other files and no run: give another --output_dir")
+
+
+def note_fingerprints(data, policy, path, args):
+    """Notes what stood behind the names of data and model, for check_folder to compare."""
+    weights = [torch.hash_tensor(weight).item() for weight in policy.parameters()]
+    for name, read in (("the data", data), (path, weights)):
+        vars(args)[f"fingerprint of {name}"] = hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
 
 def newest_start(args):
@@ -942,6 +1009,8 @@ def output_folder(args):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             refuse(f"Another process is at work in {args.output_dir}: wait for it, or stop it")
+        except OSError as error:  # as on some network file systems
+            say(f"Warning: no lock in {args.output_dir} ({cause(error)}): start this run once at a time")
         if (args.output_dir / "summary.json").exists():
             refuse("Another process has just finished this run: give the same command again to see it")
         write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
@@ -962,6 +1031,13 @@ def written_whole(path):
         yield scratch
         if RANK == 0:
             os.replace(scratch, path)
+
+
+def as_json(figures, **form):
+    """Figures as JSON. Raises Stop where one is no number."""
+    advice = "start again with a lower learning rate, or without --bf16"
+    with trying("go on with a figure that is no number", advice, code=1):
+        return json.dumps(figures, allow_nan=False, **form)
 
 
 def write_text(path, text):
@@ -1027,6 +1103,14 @@ def load_checkpoint(models, path):
     return state["step"]
 
 
+def newest_step(args):
+    """The step after which the same command goes on, in words."""
+    paths = sorted(args.output_dir.glob("*.pt"))  # metrics.pt comes before sft.pt
+    if not paths:
+        return "step 0"
+    return f"step {torch.load(paths[0], weights_only=True, mmap=True)['step']} of {paths[0].stem}.jsonl"
+
+
 def resumable_steps(name, steps, models, args):
     """The steps that are left, each with log(figures), which adds a line to <name>.jsonl and shows some.
     Every save_steps steps the checkpoint <name>.pt is replaced. Raises Stop."""
@@ -1041,18 +1125,18 @@ def resumable_steps(name, steps, models, args):
         """A line of the file, and the figures that matter on the progress bar."""
         if RANK == 0:
             with writing(lines), lines.open("a") as file:
-                file.write(json.dumps(figures, allow_nan=False) + "\n")
+                file.write(as_json(figures) + "\n")
         bar.set_postfix({key: figures[key] for key in SHOWN if key in figures})
 
     for step in bar:
         yield step, log
-        if (step + 1) % args.save_steps == 0 and step + 1 < steps:
+        if (step + 1) % in_steps(args.save_steps, steps) == 0 and step + 1 < steps:
             save_checkpoint(models, checkpoint, step + 1)
 
 
 # 15. Several processes ----------------------------------------------------------------------------
 # Each makes the pairs of its own prompts. All then get all pairs, and divide the update among them.
-LAUNCHED = "MASTER_ADDR" in os.environ  # torchrun sets it, and these
+LAUNCHED = dist.is_torchelastic_launched()  # by torchrun, which sets these
 RANK, WORLD = [int(os.environ[name]) for name in ("RANK", "WORLD_SIZE")] if LAUNCHED else (0, 1)
 progress = functools.partial(tqdm, leave=False, delay=3, disable=RANK > 0)  # of what may take long
 
@@ -1187,8 +1271,8 @@ def check_tokenizer(model, tokenizer, args):
     if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
         refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
-        [ids] = encode_questions(tokenizer, ["x"], ["y"], ["z"])
-    ids += [*stop_token_ids(model, tokenizer)[:1], *verdict_format(tokenizer)[1:]]
+        ids = sum(encode_questions(tokenizer, ["x"], ["y"], ["z"]), [*verdict_format(tokenizer)[1:]])
+        ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
     ids += [i for token, i in vocabulary.items() if not control.fullmatch(token)]
     if max(ids) >= embedded:
@@ -2057,16 +2141,14 @@ def preference(pair, answer):
 
 
 def read_answer(pair, count):
-    """Shows a question as plain text, in which no character controls the terminal; returns the key. The
-    end of the input stops. Raises Stop."""
-    text = f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
-    text += f"2: {pair.worse.text}\n"
-    print("".join(letter if letter.isprintable() or letter == "\n" else "?" for letter in text))
+    """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises Stop."""
+    say(f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
+        f"2: {pair.worse.text}\n")
     answer = ""
     while answer not in ("1", "2", "s"):
         try:
             answer = input("better: 1 or 2; s: skip; end of input (Ctrl-D): stop > ").strip()
-        except EOFError:
+        except (EOFError, KeyboardInterrupt):
             raise Stop("All answers are in preferences.jsonl; the same command goes on there.", code=0)
     return answer
 
@@ -2082,9 +2164,9 @@ if __name__ == "__main__":
     except Stop as stop:
         sentence, code = str(stop), stop.code
     except KeyboardInterrupt:
-        sentence, code = "interrupted; the same command goes on from the last checkpoint.", 130
+        sentence, code = "interrupted before the run began.", 130
     if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
-        print(f"osp: {sentence}", file=sys.stderr)
+        say(f"osp: {sentence}", sys.stderr)
     else:
         time.sleep(5)  # else torchrun may end the first one before it has spoken
     sys.exit(code)

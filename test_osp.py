@@ -319,9 +319,19 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_a_warm_up_is_rounded_up_and_leaves_a_single_step_its_rate():
-    assert rates_of("constant_with_warmup", 0.11)[:5] == approx([0, 1 / 3, 2 / 3, 1, 1])
+def test_no_step_has_rate_0_and_a_warm_up_longer_than_the_run_is_said(capsys):
+    """A share is rounded up, and leaves a single step its rate."""
+    assert rates_of("constant_with_warmup", 0.11)[:5] == approx([1 / 4, 1 / 2, 3 / 4, 1, 1])
+    assert rates_of("linear", 0.5, steps=4) == approx([1 / 3, 2 / 3, 1, 1 / 2])
     assert rates_of("linear", 0.1, steps=1) == [1.0]
+    assert not capsys.readouterr().out
+    assert rates_of("linear", 5, steps=3) == approx([1 / 6, 2 / 6, 3 / 6])
+    assert "warm-up of 5 steps is longer than the 3" in capsys.readouterr().out
+
+
+def test_a_number_of_steps_below_1_is_a_share_of_all_rounded_up():
+    assert [osp.in_steps(0.1, steps) for steps in (39, 40, 5, 0)] == [4, 4, 1, 0]
+    assert osp.in_steps(1, 39) == 1 and osp.in_steps(50.0, 39) == 50
 
 
 def test_a_planted_preference_improves():
@@ -1018,14 +1028,14 @@ def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path, finished):
 def test_what_the_command_line_says_of_signals_and_mistakes(tmp_path, capfd, number):
     def typed(*more):
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        meet(number, torch, "save", 1)
-        sys.argv = [osp.__file__, *command(tmp_path, *more)]
+        meet(number, torch, "save", 2)
+        sys.argv = [osp.__file__, *command(tmp_path, "--save_steps 0.1", *more)]
         runpy.run_path(osp.__file__, run_name="__main__")
 
     assert apart(typed) == 130
     assert apart(typed, "--beta 0.5") == 2
     said = capfd.readouterr().err
-    assert "osp: interrupted; the same command goes on from the last checkpoint.\n" in said
+    assert "osp: interrupted; the same command goes on from step 1 of sft.jsonl.\n" in said
     assert said.endswith("or remove the folder.\n") and "Traceback" not in said
 
 
@@ -1061,20 +1071,92 @@ def test_a_finished_run_is_shown_and_not_done_again(monkeypatch, finished):
     again = run(found.folder, MORE_OF["tso"])
     assert osp.report_table(found.summary, "TSO") in again.said
     assert files_in(found.folder) == before
+    for name in ("sft.pt", "metrics.pt", ".metrics.pt.partial"):  # which a kill may leave
+        (found.folder / name).touch()
+    run(found.folder, MORE_OF["tso"], "--micro_batch_size 3")
+    assert files_in(found.folder) == before
 
 
-def test_a_full_disk_costs_no_file(tmp_path, monkeypatch, finished):
-    """While the SFT model or a checkpoint is written; the same command goes on."""
-    full = mock.Mock(side_effect=OSError(28, "No space left on device"))
-    for owner, name in ((osp, "save_model"), (torch, "save")):
-        before = files_in(tmp_path).keys() - {"sft.pt"}
-        with monkeypatch.context() as patches, stopped("Cannot write .*make room", code=1):
-            patches.setattr(owner, name, full)
-            run(tmp_path, "--sft_max_steps 1")
-        assert before <= files_in(tmp_path).keys()
-    run(tmp_path, "--sft_max_steps 1")
-    with stopped("Cannot write .*--output_dir", code=1):
-        run(tmp_path / "summary.json" / "run")
+def test_options_that_change_speed_alone_may_change(tmp_path, broken_off, finished):
+    folder = shutil.copytree(broken_off, tmp_path / "run")
+    found = run(folder, "--micro_batch_size 3 --save_steps 5 --gradient_checkpointing")
+    kept, rest = found.lines[:4], found.lines[4:]
+    assert kept == finished["osp"].lines[:4] and rest != finished["osp"].lines[4:]  # rounded otherwise
+    assert [line["loss"] for line in rest] == close([line["loss"] for line in finished["osp"].lines[4:]])
+
+
+def test_other_data_or_weights_under_an_old_name_are_refused(tmp_path, monkeypatch, real):
+    """As a relative name has them in another folder."""
+    words = "--model_name_or_path model --dataset_name model/../prompts.jsonl --max_new_tokens 8"
+    monkeypatch.chdir(real[0])
+    folder = killed(tmp_path / "run", words, osp, "train_step", 3)
+    monkeypatch.chdir(shutil.copytree(real[0], tmp_path / "other"))
+    saved("model", rotary(initializer_range=0.3), TALK)
+    with stopped("other arguments .fingerprint of model was '.*: give the same"):
+        run(folder, words)
+    write_lines(Path("prompts.jsonl"), [{"prompt": f"why {i} ?"} for i in range(40)])
+    with stopped("other arguments .fingerprint of the data was"):
+        run(folder, words)
+
+
+@mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+def test_out_of_memory_names_the_option_that_helps(tmp_path, broken_off, monkeypatch, error):
+    folder = shutil.copytree(broken_off, tmp_path / "run")
+    monkeypatch.setattr(osp, "train_step", mock.Mock(side_effect=error))
+    with stopped("--micro_batch_size.* goes on from step 4 of metrics.jsonl", code=1):
+        run(folder)
+
+
+def test_a_figure_that_is_no_number_is_called_so():
+    with stopped("no number .*learning rate", code=1):
+        osp.as_json({"kl": math.inf})
+
+
+def test_help_has_groups_and_a_phrase_for_each_option(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        osp.parse_arguments(["--help"])
+    shown = capsys.readouterr().out
+    titles = "options,method,SFT,data and folder,speed and memory,evaluation,tso,collect".split(",")
+    assert re.findall(r"^(\w.*):$", shown, re.M) == titles
+    helps = re.findall(r"^  --.*\n? {4,}(\S.*) \(default", shown, re.M)
+    assert len(helps) == len(dataclasses.fields(Arguments)) + 1
+    assert len({*helps}) == len(helps) and min(len(text.split()) for text in helps) > 2
+
+
+def test_any_place_will_do(tmp_path, monkeypatch):
+    """No locks; half of a launcher's variables; nobody who reads."""
+    monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
+    assert "No locks available" in run(tmp_path, "--max_steps 0 --sft False").said
+    reader, writer = os.pipe()
+    os.close(reader)
+    alone = os.environ | {"MASTER_ADDR": "here", "RANK": "1", "WORLD_SIZE": "2"}
+    shown = [sys.executable, osp.__file__, *command(tmp_path, "--max_steps 0 --sft False")]
+    done = subprocess.run(shown, stdout=writer, stderr=subprocess.PIPE, env=alone)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_the_commands_of_the_readme(tmp_path, monkeypatch, real):
+    """In one folder, as it says, with small models and data of these names."""
+    monkeypatch.chdir(tmp_path)
+    readme = Path(osp.__file__).with_name("README.md").read_text()
+    typed = re.findall(r"^python osp.py ([^#`]*?)(?: *#.*)?\n(?! )", readme, re.M)
+    for name in {*re.findall("--model_name_or_path (.+?) ", readme)}:
+        shutil.copytree(real[0] / "model", name)
+    for name in ("my-prompts.jsonl", "PROMPTS/prompts.jsonl"):
+        Path(name).parent.mkdir(exist_ok=True)
+        shutil.copy(real[0] / "prompts.jsonl", name)
+    heads = [f"\n\nHuman: {i}?\n\nAssistant: " for i in range(40)]
+    rows = [{"chosen": head + "yes", "rejected": head + "no"} for head in heads]
+    Path("Anthropic/hh-rlhf/harmless-base").mkdir(parents=True)
+    write_lines(Path("Anthropic/hh-rlhf/harmless-base/train.jsonl"), rows)
+    with mock.patch("builtins.input", return_value="1"):
+        for words in typed:
+            words = words.replace("\\\n", "")
+            osp.main(f"{words} {QUICK} --max_new_tokens 8 {COLLECT[17:]}".split())
+    assert len(typed) == 4
 
 
 # Several processes --------------------------------------------------------------------------------
@@ -1198,7 +1280,7 @@ def test_each_answer_is_safe_and_the_same_command_goes_on(tmp_path, real):
         collect("1", "x", "s", EOFError)
     first = labels_in(tmp_path)
     assert [row["chosen"] is None for row in first] == [False, True]
-    with pytest.raises(KeyboardInterrupt):
+    with stopped("All answers are in preferences.jsonl; the same command goes on", code=0):
         collect("2", KeyboardInterrupt)
     assert collect("1")["labels"] == 3
     assert labels_in(tmp_path)[:2] == first
@@ -1223,6 +1305,8 @@ def test_no_character_of_a_response_controls_the_terminal(monkeypatch, capsys):
     shown = capsys.readouterr().out
     assert not {*"\x1b\x07\x9b\u202e\t"} & {*shown}
     assert "é 雪" in shown and "red" in shown
+    osp.say(f"{evil} in the examples, and whatever else is printed of data")
+    assert not {*"\x1b\x07\x9b\u202e\t"} & {*capsys.readouterr().out}
 
 
 def test_the_steps_of_collection_by_hand():
@@ -1348,7 +1432,7 @@ the last but one, and so on inwards. If their number is odd, the middle one has 
   1e-8). There is no weight decay.
 * `linear`, `cosine`, `constant`, `constant_with_warmup` (20,): the learning rates of the updates s
   = 0 to 19. The peak is 1. There is a warm-up of w = 2 updates, and n = 20 are planned in all. s is
-  the number of updates that were made before. If s < w, the rate is s / w, so the first one is 0.
+  the number of updates that were made before. If s < w, the rate is (s + 1) / (w + 1), never 0.
   From there on, with u = (s - w) / (n - w), linear has 1 - u, cosine (1 + cos(pi u)) / 2 and
   constant_with_warmup 1. `constant` has no warm-up: it is always 1.
 
@@ -1842,9 +1926,9 @@ def gaps(found, right):
     return result
 
 
-GOLDEN = json.loads("""{"loss": -6.28508833718, "pairs": -0.0601044901614, "optimizer": -7.28727643484,
+GOLDEN = json.loads("""{"loss": -6.28508833718, "pairs": -0.0601044901614, "optimizer": -7.54837728066,
 "draws": 1.49614943708, "text": 1.66665054308, "rotary": -12.4309297713,
-"absolute": -32.1096449135, "sft": 1.55703811337, "steps_rotary": 11.7559205,
+"absolute": -32.1096449135, "sft": 1.55703811337, "steps_rotary": 11.6561694196,
 "steps_absolute": -33.9636054548, "steps_tso": 19.1716420577}""")
 
 
