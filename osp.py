@@ -1,8 +1,14 @@
 """Online Self-Preferring Language Models (OSP, arXiv 2405.14103): a reference implementation.
 
-One language model answers, judges its own answers, and learns from how STRONGLY one is preferred:
+One language model answers, judges its own answers, and learns from how STRONGLY one is preferred. pi_SFT
+is its frozen start. A step, for each prompt x (`train_step`, section 3: start reading there):
 
-    sample K responses -> rank -> pair -> the frozen SFT model judges each pair -> SPCE loss -> update
+    sample   y_1 ... y_K from the current policy pi_theta
+    rank     score of y_k = log-odds of "B" when pi_SFT is asked which is better, A = y_1 or B = y_k
+    pair     best with worst, second best with second worst, and so on inwards: K//2 pairs (a, b)
+    judge    strength p = pi_SFT's probability that a is better, averaged over both orders of a and b
+    learn    h = beta [log pi_theta(a|x) / pi_SFT(a|x) - log pi_theta(b|x) / pi_SFT(b|x)], and one
+             optimiser step on the mean of L = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]
 
     python osp.py                                           the built-in task, whose true reward is known
     python osp.py --model_name_or_path M --dataset_name D   a Hugging Face causal LM and preference data
@@ -11,24 +17,22 @@ One language model answers, judges its own answers, and learns from how STRONGLY
 The same command goes on with a run that was broken off, and shows the result of one that is finished.
 Part I is the method, in the order of the algorithm. Part II is what makes it practical.
 
-The paper's public text leaves some steps open. Those listed here with [R] are this project's own, as
-are the judge's question, SFT's curriculum and its share of responding, the optimiser's settings, that
-identical pairs are dropped, and the built-in task. Docstrings say "reconstruction":
-  [R] the judging task shows each pair in both orders; its loss is on the verdict alone (section 5)
-  [R] the baseline of ranking is the first response sampled, and it is always shown as A (section 7)
-  [R] pairs are best with worst, second best with second worst, and so on inwards (section 7)
-  [R] strengths are asked in both orders, and their probabilities are averaged (section 8)
-  [R] the formula of the SPCE loss; the paper gives its name and its purpose (section 9)
+The paper's public text leaves some steps open. This project filled them in. Docstrings call it a
+"reconstruction", and here it is marked [R]:
+  [R] the baseline of ranking is the first response sampled, and it is always shown as A (section 6)
+  [R] pairs are best with worst, second best with second worst, and so on inwards (section 6)
+  [R] strengths are asked in both orders, and their probabilities are averaged (section 6)
+  [R] the formula of the SPCE loss; the paper gives its name and its purpose (section 8)
+  [R] the judging task shows each pair in both orders; its loss is on the verdict alone (section 10)
+  [R] the judge's question, SFT's curriculum and its share of responding, the optimiser's settings, that
+      identical pairs are dropped, and the built-in task
 
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
-vocabulary. Pr(A) is the judge's probability of the verdict A, p a strength: how likely 1 is better.
-`logps` is always a SUM over a response's tokens, its EOS included, its prompt excluded; `token_logps`
-is per token. A response that was cut off has no EOS. The reward of a response is beta * (log pi_theta -
-log pi_reference), as in DPO. Of a Pair, 1 is the better response and 2 the worse.
-A stage's `args` is an Arguments, its `models` a Models, its `rows` and `pairs` lists of Row and Pair.
-Arguments adds to section 1 what Part II needs, as micro_batch_size, the sequences of a forward pass.
+vocabulary. Pr(A) is the judge's probability of the verdict A. A strength p says how likely response 1 is
+the better one; of a Pair, 1 is the response that ranks higher. `logps` is always a SUM over a response's
+tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off has
+no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
 """
-import dataclasses
 import difflib
 import fcntl
 import functools
@@ -47,6 +51,7 @@ import time
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +62,7 @@ import pandas
 import tokenizers
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
@@ -66,7 +72,7 @@ Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": 
 Ids = list[int]  # the token ids of one prompt or of one response
 
 
-class Stop(Exception):
+class RunError(Exception):
     """Why a run cannot go on, in one sentence for the user. `code`: 2 before the first step, 1 later."""
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
@@ -77,7 +83,7 @@ class Stop(Exception):
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
-@dataclasses.dataclass
+@dataclass
 class MethodArguments:
     """What the method depends on; a comment is the help on its option, in the group named above it.
     BUILTIN (section 12) has the values of the built-in task. Of all these the paper's public text names
@@ -109,9 +115,9 @@ class MethodArguments:
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
 def load_model(name, args, dtype=torch.float32):
     """A causal LM and its tokenizer; no name: the built-in ones. `dtype` is that of its Linear weights;
-    all others are fp32. It is trained in eval mode, without dropout, so that at the first step pi_theta
-    is pi_SFT; --gradient_checkpointing alone needs the other mode. What the check at load finds stands
-    on the model: shares_prompts, words. Raises Stop."""
+    all others are fp32. A model is trained in eval mode, without dropout, so that at the first step
+    pi_theta is pi_SFT. What the check at load finds stands on the model: shares_prompts, words. Raises
+    RunError."""
     if name is None:
         model, tokenizer = builtin_model(args.seed)
     else:
@@ -132,20 +138,29 @@ def load_model(name, args, dtype=torch.float32):
     return model, tokenizer
 
 
-@dataclasses.dataclass
+@dataclass
 class Models:
-    """The models of a run by role. In OSP start, reference and judge are one: the frozen pi_SFT."""
+    """The models of a run by role. In OSP one frozen model has three roles: start, reference, judge."""
     tokenizer: Any
     policy: Any = None  # pi_theta, which the optimizer trains
     start: Any = None  # pi_SFT, with which evaluation compares; it never moves
-    reference: Any = None  # of the loss
+    reference: Any = None  # of the reward
     judge: Any = None  # of the strengths
-    others: dict = dataclasses.field(default_factory=dict)  # those named by options: (model, tokenizer)s
+    others: dict = field(default_factory=dict)  # those named by options: (model, tokenizer)s
     optimizer: Any = None
     scheduler: Any = None
 
 
-@dataclasses.dataclass
+@dataclass
+class Example:
+    """A prompt of the data."""
+    prompt: Prompt
+    ids: Ids  # of the framed prompt, which a response continues
+    index: int  # its number in its set, which picks its sampling noise
+    responses: list  # the data's own (chosen, rejected)s, if it has any
+
+
+@dataclass
 class Candidate:
     """A response to a prompt."""
     ids: Ids
@@ -154,28 +169,86 @@ class Candidate:
     score: float = 0.0  # by it the candidates of a prompt are ranked
 
 
-@dataclasses.dataclass
-class Row:
-    """A prompt."""
-    prompt: Prompt
-    ids: Ids  # of the framed prompt, which a response continues
-    index: int  # its number in its set, which picks its sampling noise
-    responses: list  # the data's own (chosen, rejected)s, if it has any
-
-
-@dataclasses.dataclass
+@dataclass
 class Pair:
     """Two responses to one prompt, the one that ranks higher first (at K = 2 the one sampled first)."""
-    row: Row
+    example: Example
     better: Candidate
     worse: Candidate
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
     verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
     ref_logps: tuple | None = None  # of the better and the worse one under the reference
-    before_update: list | None = None  # what its pass saw: loss, both rewards, mean log-ratio
+    before_update: list | None = None  # what the update's pass saw: loss, both rewards, log-ratio
 
 
-# 3. What the judge is asked -----------------------------------------------------------------------
+# 3. One step: start reading here ------------------------------------------------------------------
+def train_step(models, examples, method, step, args):
+    """One step of the paper's Figure 2, by the stages of `method` (section 11). Pairs without a strength
+    are left out of the mean; where none is kept, weights and schedule stay. Returns the step's line of
+    metrics.jsonl."""
+    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)
+    pairs = sum(pairs, [])
+    kept = [pair for pair in pairs if pair.strength is not None]
+    figures = method.update(models, kept, method, step, args) if kept else {}
+    method.after_step(models, step, args)
+    return {"step": step + 1} | step_figures(models, candidates, pairs, kept, method, args) | figures
+
+
+def make_pairs(models, examples, method, step, args):
+    """A step before its update -> lists of each example's candidates, and of its pairs. Pairs of
+    identical responses, whose gradient is 0, get no strength, nor do those for which the stage
+    `strength` has None."""
+    pairs, different = [], []
+    candidates = method.sample(models, examples, step, args)  # B lists of K
+    scores = method.score(models, examples, candidates, args, method.judge)  # B lists of K
+    for example, own, own_scores in zip(examples, candidates, scores):
+        for candidate, score in zip(own, own_scores):
+            candidate.score = score
+        own_pairs = [Pair(example, own[i], own[j]) for i, j in method.pair(own_scores)]  # K//2
+        different += [pair for pair in own_pairs if pair.better.ids != pair.worse.ids]
+        pairs.append(own_pairs)
+    strengths = method.strength(models, different, args, method.judge)
+    ref_logps = method.reference(models, different, args)
+    for pair, strength, logps in zip(different, strengths, ref_logps):
+        pair.strength, pair.ref_logps = strength, logps
+    return candidates, pairs
+
+
+# 4. Sample K responses a prompt from the current policy -------------------------------------------
+def sample_policy(models, examples, step, args):
+    """OSP's candidates: K responses of the policy as it stands. Source: the paper's Figure 2."""
+    return respond(models.policy, models.tokenizer, examples, range(args.num_generations), step, args)
+
+
+def sampling_noise(seed, step, index, k, length):
+    """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process."""
+    return np.random.default_rng((seed, step, index, k)).random(length)
+
+
+@torch.no_grad()
+def sample(model, prompt_ids, noise, temperature, stop_ids):
+    """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
+    On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
+    token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
+    cache, logits, mask = prefill(model, prompt_ids)  # logits (N, V) of the first tokens
+    noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
+    ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)  # (N,)
+    lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
+    for uniform in noise.T:  # (N,), for each token
+        logits = logits[:, : getattr(model, "words", None)].float()  # more may be embedded
+        cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # (N, V); float64: V may be large
+        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)  # (N, 1)
+        tokens.append(token.clamp_(max=cdf.shape[1] - 1))
+        lengths += ~ended
+        ended |= torch.isin(token[:, 0], stops)
+        if ended.all() or len(tokens) == noise.shape[1]:
+            break
+        mask = F.pad(mask, (0, 1), value=1)
+        logits = forward(model, token, mask, 1, cache)[:, -1]
+    return [ids[:length] for ids, length in zip(torch.cat(tokens, 1).tolist(), lengths.tolist())]
+
+
+# 5. Judge: the frozen SFT model says which of two responses is better -----------------------------
 JUDGE_FRAME = "Which response is better, A or B?\n\nPrompt:\n{prompt}\n\nA:\n{a}\n\nB:\n{b}\n\nBetter:"
 
 
@@ -184,47 +257,95 @@ def judge_question(prompt: Prompt, a: str, b: str) -> str:
     return JUDGE_FRAME.format(prompt=quoted(transcript(prompt)), a=quoted(a), b=quoted(b))
 
 
-# 4. Log-probabilities of responses ----------------------------------------------------------------
-def padded(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
-    """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
-    matter that 0 may be a token's id, too."""
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
-    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
+def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
+    """N questions -> (N,) log-odds that A is better: the logit of "A" minus that of "B", the two verdict
+    tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises RunError if one is no
+    number. Source: the paper for the probability of a verdict."""
+    _, a, b = verdict_format(models.tokenizer)
+    limit = context_length(models.judge)
+    questions = encode_questions(models.tokenizer, prompts, shown_as_a, shown_as_b, limit)
+    with inference(models.judge) as judge:  # without gradients; the prompts tell it what may be shared
+        logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)  # (2,) each
+    log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])
+    if log_odds.isnan().any():
+        raise RunError("The judge's verdicts are no numbers: its weights or precision are broken.", code=1)
+    return log_odds
 
 
-def left_padded(prompts: list[Ids], device) -> tuple[Tensor, Tensor]:
-    """[1 2 3], [4] -> ids [[1 2 3], [0 0 4]] and mask [[1 1 1], [0 0 1]]: all prompts end together."""
-    return padded(prompts, "left", device)
+# 6. Rank against one baseline, pair, and say how strongly one is preferred ------------------------
+def ranking_scores(models, examples, candidates, args, judge=language_model_judge):
+    """Each example's candidates -> their scores, the log-odds of B, where A is the first candidate and B
+    the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges say
+    that OSP compares all with one baseline. Reconstruction: the first response, which improves along
+    with the policy; and one order, since a liking for A moves all K scores, so their order stays."""
+    texts = []
+    for example, own in zip(examples, candidates):
+        texts += [(example.prompt, own[0].text, candidate.text) for candidate in own]
+    for_a = iter(judge(models, *columns(texts), args).tolist())
+    return [[-next(for_a) for _ in own] for own in candidates]
 
 
-def right_padded(responses: list[Ids], device) -> tuple[Tensor, Tensor]:
-    """[5], [6 7] -> ids [[5 0], [6 7]] and mask [[1 0], [1 1]]: all responses begin together."""
-    return padded(responses, "right", device)
+def equal_scores(models, examples, candidates, args, judge):
+    """No ranking, for K = 2: there is one pair, of which SPCE is the same in both directions."""
+    return [[0.0] * len(own) for own in candidates]
 
 
-def forward(model, ids, mask, keep=0, cache=None):
-    """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all; a tensor: these
-    columns). The mask covers what is cached, too."""
-    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # of the ids; they skip padding
-    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
-                   use_cache=cache is not None, logits_to_keep=keep).logits
-    if isinstance(keep, int):
-        return logits[:, -keep:]  # some models' classes give all
-    return logits if logits.shape[1] == len(keep) else logits[:, keep]
+def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+    """K scores of one prompt's responses -> K//2 pairs (better, worse): best with worst, then inwards.
+    [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order.
+    Source: the paper for K//2. Reconstruction: which; they range from a landslide to a near tie."""
+    order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
+    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
+
+
+def both_orders(judge, models, prompts, responses_1, responses_2, args):
+    """P pairs of texts -> Pr(A) with response 1 as A, and Pr(A) with response 2 as A, (P,) each."""
+    texts = prompts * 2, responses_1 + responses_2, responses_2 + responses_1
+    p_a = judge(models, *texts, args).sigmoid()  # (2 P,)
+    return p_a[: len(prompts)], p_a[len(prompts):]
+
+
+def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
+    """(P,), (P,) -> (P,): the mean of both orders. In this form, brackets included, equal texts give
+    exactly 1/2 in floating point (different ids may have equal texts). Reconstruction."""
+    return (p_12 + (1 - p_21)) / 2
+
+
+def judge_pairs(models, pairs, args, judge):
+    """OSP's strengths: what the judge says of each pair. Notes its two verdicts on the pair."""
+    texts = [(pair.example.prompt, pair.better.text, pair.worse.text) for pair in pairs]
+    p_12, p_21 = both_orders(judge, models, *columns(texts), args)
+    for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
+        pair.verdicts = verdicts
+    return averaged_strength(p_12, p_21).tolist()
+
+
+def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
+                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1] by any language model, where p(1 > 2) +
+    p(2 > 1) = 1. Reconstruction: the average of both orders."""
+    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
+    texts = prompts, responses_1, responses_2
+    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
+
+
+# 7. Log-probabilities of responses ----------------------------------------------------------------
+def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=False) -> Tensor:
+    """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
+    `share` computes equal prompts once, for speed alone."""
+    ids, mask = right_padded(response_ids, model.device)  # (N, T)
+    if share:
+        logits = shared_logits(model, prompt_ids, ids, mask)  # (N, T, V)
+    else:
+        heads, head_mask = left_padded(prompt_ids, model.device)
+        both, both_mask = torch.cat([heads, ids], 1), torch.cat([head_mask, mask], 1)
+        logits = forward(model, both, both_mask, ids.shape[1] + 1)[:, :-1]  # t - 1 predicts token t
+    return chosen_logps(logits, ids).where(mask.bool(), 0.0)
 
 
 def chosen_logps(logits, ids):
-    """Logits (..., V), ids (...) -> fp32 log-probabilities of these ids."""
-    return logits.float().log_softmax(-1).gather(-1, ids[..., None])[..., 0]
-
-
-def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=False) -> Tensor:
-    """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
-    `share` computes equal prompts once."""
-    ids, mask = right_padded(response_ids, model.device)
-    logits = response_logits(model, prompt_ids, response_ids, share)  # (N, T, V), of token t at t
-    return chosen_logps(logits, ids).where(mask.bool(), 0.0)
+    """Logits (N, T, V) that predict the ids (N, T) -> their fp32 log-probabilities (N, T)."""
+    return logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
@@ -234,9 +355,8 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
     share = not checkpointing and shares_prompts(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
-    # equal prompts stand side by side, so that they are shared
     logps = torch.zeros(len(prompt_ids), device=model.device)
-    for part in progress(chunks(order, micro_batch_size), "log-probabilities"):
+    for part in progress(chunks(order, micro_batch_size), "log-probabilities"):  # equal prompts together
         prompts, responses = [prompt_ids[i] for i in part], [response_ids[i] for i in part]
         logps[part] = token_logps(model, prompts, responses, share).sum(-1)
     return logps
@@ -244,13 +364,108 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
 
 def pair_logps(model, pairs, micro_batch_size):
     """P pairs -> (2, P) logps: of the better responses, and of the worse ones."""
-    prompts = [pair.row.ids for pair in pairs] * 2
+    prompts = [pair.example.ids for pair in pairs] * 2
     responses = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
     return response_logps(model, prompts, responses, micro_batch_size).reshape(2, -1)
 
 
-# 5. Supervised fine-tuning with the judging task: makes pi_SFT ------------------------------------
-EASY_STEPS, EASY_ROWS = 0.3, 0.25  # a curriculum: 30% of the steps see the shortest quarter of the pairs
+def reference_logps(models, pairs, args):
+    """P pairs -> logps of the better and the worse response under the frozen reference, by pair."""
+    with inference(models.reference) as reference:
+        return pair_logps(reference, pairs, args.micro_batch_size).T.tolist()
+
+
+# 8. The reward, and the SPCE loss -----------------------------------------------------------------
+def implicit_reward(logps: Tensor, ref_logps: Tensor, pairs, args) -> Tensor:
+    """beta * (log pi_theta - log pi_reference) of both responses of each pair, (2, P), as in DPO."""
+    return args.beta * (logps - ref_logps)
+
+
+def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
+    """Soft-preference cross-entropy: rewards and strengths p(1 > 2), (P,) each -> losses (P,).
+
+        h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
+
+    It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. A tie, p = 1/2, pulls h
+    back to 0; p below 1/2 trains against the ranking. Source: the paper for its name and purpose.
+    Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and the policy's
+    Bernoulli(sigmoid(h))."""
+    h = reward_1 - reward_2
+    return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
+
+
+# 9. Update: one optimiser step on all parameters --------------------------------------------------
+def update(models, pairs, method, step, args):
+    """One optimiser step on the mean loss over these P pairs. Notes on each pair what its pass saw."""
+    seen = []
+    for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
+        logps = pair_logps(models.policy, part, 2 * len(part))  # (2, P), in one forward pass
+        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T  # (2, P)
+        strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
+        rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
+        losses = method.loss(*rewards, strength)  # (P,)
+        (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
+        log_ratio = (logps - ref_logps).mean(0)  # (P,)
+        seen.append(torch.stack([losses, *rewards, log_ratio], 1).tolist())
+    for pair, figures in zip(pairs, joined(seen)):
+        pair.before_update = figures
+    rate = models.scheduler.get_last_lr()[0]
+    loss = sum(pair.before_update[0] for pair in pairs) / len(pairs)
+    grad_norm = optimizer_step(models, loss, f"step {step + 1}", args)
+    return {"learning_rate": rate, "grad_norm": grad_norm}
+
+
+def make_optimizer(models, learning_rate, steps, args):
+    """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
+    weights are fp32 even with --bf16, which would round small updates away. The schedule begins at its
+    second rate, since that of a warm-up's first step is 0."""
+    weights, warmup = models.policy.parameters(), in_steps(args.warmup_steps, steps)
+    if args.warmup_steps < 1:
+        warmup = min(warmup, steps - 1)  # a single step has none
+    elif warmup >= steps:
+        say(f"Warning: the warm-up of {warmup} steps is longer than the {steps} that there are")
+    models.optimizer = torch.optim.AdamW(
+        weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    models.scheduler = transformers.get_scheduler(
+        args.lr_scheduler_type, models.optimizer, warmup + 1, steps + 1)
+    models.optimizer.step()  # without gradients it does nothing; torch wants it before the next line
+    models.scheduler.step()
+
+
+def optimizer_step(models, loss, where, args):
+    """Clips the gradients that are there, steps, forgets them; returns their norm before clipping.
+    Raises RunError, and makes no step, where that norm or `loss` is no number."""
+    weights = models.policy.parameters()
+    grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
+                       "start again with a lower learning rate.", code=1)
+    models.optimizer.step()
+    models.scheduler.step()
+    models.optimizer.zero_grad()
+    return grad_norm
+
+
+# 10. Supervised fine-tuning with the judging task: makes pi_SFT -----------------------------------
+EASY_STEPS, EASY_SHARE = 0.3, 0.25  # a curriculum: 30% of the steps see the shortest quarter
+
+
+def supervised_finetune(models, preferences, args):
+    """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
+    mean over all target tokens."""
+    n, size = len(preferences), args.sft_batch_size
+    steps, epoch = sft_steps(preferences, args), math.ceil(n / size)
+    make_optimizer(models, args.sft_learning_rate, steps, args)
+    by_length = sorted(preferences, key=lambda preference: len(preference[1] + preference[2]))
+    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # leaves an epoch of all
+    for step, log in resumable_steps("sft", steps, models, args):
+        allowed = math.ceil(n * EASY_SHARE) if step < easy_steps else n
+        batch = [by_length[i] for i in step_indices(allowed, size, step, args.seed)]
+        losses = {}
+        for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
+            losses[task] = add_supervised_gradient(models.policy, prompts, targets, args)
+        optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
+        log({"step": step + 1} | losses)
 
 
 def supervised_tasks(models, batch, args):
@@ -269,25 +484,6 @@ def supervised_tasks(models, batch, args):
     return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
 
 
-def supervised_finetune(models, pairs, args):
-    """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
-    mean over all target tokens."""
-    steps = sft_steps(pairs, args)
-    start_training(models, args.sft_learning_rate, steps, args)
-    by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
-    easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
-    epoch = math.ceil(len(pairs) / args.sft_batch_size)
-    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # leaves an epoch of all pairs
-    for step, log in resumable_steps("sft", steps, models, args):
-        allowed = easy if step < easy_steps else by_size
-        batch = [allowed[i] for i in step_indices(len(allowed), args.sft_batch_size, step, args.seed)]
-        losses = {}
-        for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
-            losses[task] = add_supervised_gradient(models.policy, prompts, targets, args)
-        optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
-        log({"step": step + 1} | losses)
-
-
 def add_supervised_gradient(policy, prompts, targets, args):
     """Adds the gradient of one task's mean loss over all target tokens; returns that loss."""
     items = sorted(zip(prompts, targets), key=lambda item: len(item[0]))
@@ -299,256 +495,16 @@ def add_supervised_gradient(policy, prompts, targets, args):
     return sum(loss for _, loss in zip(items, joined(seen))) / tokens
 
 
-# 6. Sample K responses a prompt from the current policy -------------------------------------------
-def sampling_noise(seed, step, index, k, length):
-    """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process."""
-    return np.random.default_rng((seed, step, index, k)).random(length)
-
-
-@torch.no_grad()
-def sample(model, prompt_ids, noise, temperature, stop_ids):
-    """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
-    On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
-    token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
-    cache, logits, mask = prefill(model, prompt_ids)
-    noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
-    ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)
-    lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
-    for uniform in noise.T:
-        logits = logits[:, : getattr(model, "words", None)].float()  # more may be embedded
-        cdf = (logits / temperature).softmax(-1).double().cumsum(-1)  # float64: V may be large
-        token = torch.searchsorted(cdf, uniform[:, None] * cdf[:, -1:], right=True)
-        tokens.append(token.clamp_(max=cdf.shape[1] - 1))
-        lengths += ~ended
-        ended |= torch.isin(token[:, 0], stops)
-        if ended.all() or len(tokens) == noise.shape[1]:
-            break
-        mask = nn.functional.pad(mask, (0, 1), value=1)
-        logits = forward(model, token, mask, 1, cache)[:, -1]
-    return [ids[:length] for ids, length in zip(torch.cat(tokens, 1).tolist(), lengths.tolist())]
-
-
-def sample_policy(models, rows, step, args):
-    """OSP's candidates: K responses of the policy as it stands. Source: the paper's Figure 2."""
-    return respond(models.policy, models.tokenizer, rows, range(args.num_generations), step, args)
-
-
-# 7. Rank against one baseline, and pair -----------------------------------------------------------
-def ranking_scores(models, rows, candidates, args, judge):
-    """Each prompt's candidates -> their scores, the log-odds of B, where A is the prompt's first candidate
-    and B the one that is scored, the first included. K questions, not K^2. Source: surveys of LLM judges
-    say that OSP compares all with one baseline. Reconstruction: the first response, which improves along
-    with the policy; and one order, since a liking for A moves all K scores, so their order stays."""
-    texts = []
-    for row, found in zip(rows, candidates):
-        texts += [(row.prompt, found[0].text, candidate.text) for candidate in found]
-    remaining = iter(judge(models, *columns(texts), args).tolist())
-    return [[-next(remaining) for _ in found] for found in candidates]
-
-
-def equal_scores(models, rows, candidates, args, judge):
-    """No ranking, for K = 2: there is one pair, of which SPCE is the same in both directions."""
-    return [[0.0] * len(found) for found in candidates]
-
-
-def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
-    """K scores of one prompt's responses -> K//2 pairs (better, worse): best with worst, then inwards.
-    [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order.
-    Source: the paper for K//2. Reconstruction: which; they range from a landslide to a near tie."""
-    order = sorted(range(len(scores)), key=lambda k: -float(scores[k]))
-    return [(order[i], order[-1 - i]) for i in range(len(order) // 2)]
-
-
-# 8. Judge: the frozen SFT model says how strongly it prefers one response to another --------------
-def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
-    """OSP's judge: N questions -> the log-odds (N,) that A is better: the logit of "A" minus that of "B",
-    the two verdict tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises
-    Stop if one is no number. Source: the paper for the probability of a verdict."""
-    _, a, b = verdict_format(models.tokenizer)
-    texts = prompts, shown_as_a, shown_as_b
-    questions = encode_questions(models.tokenizer, *texts, context_length(models.judge))
-    with inference(models.judge) as judge:  # without gradients; the prompts tell it what may be shared
-        logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)
-    log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])  # (N,)
-    if log_odds.isnan().any():
-        raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
-    return log_odds
-
-
-def both_orders(judge, models, prompts, responses_1, responses_2, args):
-    """P pairs of texts -> Pr(A) with response 1 as A, and Pr(A) with response 2 as A, (P,) each."""
-    texts = prompts * 2, responses_1 + responses_2, responses_2 + responses_1
-    p_a = judge(models, *texts, args).sigmoid()
-    return p_a[: len(prompts)], p_a[len(prompts):]
-
-
-def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
-    """(P,), (P,) -> (P,): the mean of both orders. In this form, brackets included, equal texts give
-    exactly 1/2 in floating point (different ids may have equal texts). Reconstruction."""
-    return (p_12 + (1 - p_21)) / 2
-
-
-def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
-                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1], where p(1 > 2) + p(2 > 1) = 1, of any
-    language model. Reconstruction: the average of both orders."""
-    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
-    texts = prompts, responses_1, responses_2
-    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
-
-
-def judge_pairs(models, pairs, args, judge):
-    """OSP's strengths: what the frozen judge says of each pair. Notes its two verdicts on the pair."""
-    texts = [(pair.row.prompt, pair.better.text, pair.worse.text) for pair in pairs]
-    p_12, p_21 = both_orders(judge, models, *columns(texts), args)
-    for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
-        pair.verdicts = verdicts
-    return averaged_strength(p_12, p_21).tolist()
-
-
-def reference_logps(models, pairs, args):
-    """P pairs -> logps of the better and the worse response under the frozen reference, by pair."""
-    with inference(models.reference) as reference:
-        return pair_logps(reference, pairs, args.micro_batch_size).T.tolist()
-
-
-# 9. The SPCE loss ---------------------------------------------------------------------------------
-def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
-    """Soft-preference cross-entropy: rewards and strengths p(1 > 2), (P,) each -> losses (P,).
-
-        h = r_1 - r_2,   L = -[ p log sigmoid(h) + (1 - p) log sigmoid(-h) ],   dL/dh = sigmoid(h) - p
-
-    It is least at h = logit(p). p = 1 is DPO; p = 1 - eps is conservative DPO. A tie, p = 1/2, pulls h
-    back to 0; p below 1/2 trains against the ranking. Source: the paper for its name and purpose.
-    Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and the policy's
-    Bernoulli(sigmoid(h))."""
-    h = reward_1 - reward_2
-    return -(strength * nn.functional.logsigmoid(h) + (1 - strength) * nn.functional.logsigmoid(-h))
-
-
-# 10. Update: one optimiser step on all parameters -------------------------------------------------
-def start_training(models, learning_rate, steps, args):
-    """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
-    weights are fp32 even with --bf16, which would round small updates away. The schedule begins at its
-    second rate, since that of a warm-up's first step is 0."""
-    weights, schedule = models.policy.parameters(), args.lr_scheduler_type
-    warmup = in_steps(args.warmup_steps, steps)
-    if args.warmup_steps < 1:
-        warmup = min(warmup, steps - 1)  # a single step has none
-    elif warmup >= steps:
-        say(f"Warning: the warm-up of {warmup} steps is longer than the {steps} that there are")
-    models.optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    models.scheduler = transformers.get_scheduler(schedule, models.optimizer, warmup + 1, steps + 1)
-    models.optimizer.step()  # without gradients it does nothing; torch wants it before the next line
-    models.scheduler.step()
-
-
-def in_steps(value, steps):
-    """A number of steps; below 1 it is a share of all steps, rounded up."""
-    return int(value) if value >= 1 else math.ceil(value * steps)
-
-
-def optimizer_step(models, loss, where, args):
-    """Clips the gradients that are there, steps, forgets them; returns their norm before clipping.
-    Raises Stop where it, or `loss`, a float for this check alone, is no number."""
-    weights = models.policy.parameters()
-    grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
-    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Stop(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
-                   "start again with a lower learning rate.", code=1)
-    models.optimizer.step()
-    models.scheduler.step()
-    models.optimizer.zero_grad()
-    return grad_norm
-
-
-def number_of_steps(n, size, epochs, most):
-    """The steps of so many passes over n rows, or `most` where that is not -1."""
-    return most if most >= 0 else epochs * math.ceil(n / size)
-
-
-def sft_steps(pairs, args):
-    """How many steps SFT makes."""
-    epochs, most = args.sft_num_train_epochs, args.sft_max_steps
-    return number_of_steps(len(pairs), args.sft_batch_size, epochs, most)
-
-
-def method_steps(rows, args):
-    """How many steps the method makes."""
-    return number_of_steps(len(rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
-
-
-def step_indices(n, size, step, seed):
-    """The numbers of a step's rows. Each epoch has a new order; its last step may be smaller. They are a
-    function of the step alone, so a resumed run needs no saved position in the data."""
-    epoch, position = divmod(step, math.ceil(n / size))
-    order = np.random.default_rng((seed, epoch)).permutation(n)
-    return order[position * size : (position + 1) * size].tolist()
-
-
-def implicit_reward(logps: Tensor, ref_logps: Tensor, pairs, args) -> Tensor:
-    """beta * (log pi_theta - log pi_reference) of both responses of each pair, (2, P), as in DPO."""
-    return args.beta * (logps - ref_logps)
-
-
-def update(models, pairs, method, step, args):
-    """One optimiser step on the mean loss over these P pairs. Notes on each pair what it saw."""
-    seen = []
-    for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
-        logps = pair_logps(models.policy, part, 2 * len(part))  # (2, P), in one forward pass
-        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T  # (2, P)
-        strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
-        rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
-        losses = method.loss(*rewards, strength)  # (P,)
-        (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
-        kl = (logps - ref_logps).mean(0)
-        seen.append(torch.stack([losses, *rewards, kl], 1).tolist())  # (P, 4)
-    for pair, figures in zip(pairs, joined(seen)):
-        pair.before_update = figures
-    rate = models.scheduler.get_last_lr()[0]
-    loss = sum(pair.before_update[0] for pair in pairs) / len(pairs)
-    grad_norm = optimizer_step(models, loss, f"step {step + 1}", args)
-    return {"learning_rate": rate, "grad_norm": grad_norm}
-
-
-# 11. One step, the whole run, and the table of stages ---------------------------------------------
-def make_pairs(models, rows, method, step, args):
-    """A step before its update: each row's candidates and pairs. Pairs of identical responses, whose
-    gradient is 0, get no strength, nor do those whose strength is None in a variant."""
-    candidates, pairs = method.sample(models, rows, step, args), []
-    scores = method.score(models, rows, candidates, args, method.judge)
-    for row, found, row_scores in zip(rows, candidates, scores):
-        for candidate, score in zip(found, row_scores):
-            candidate.score = score
-        pairs.append([Pair(row, found[i], found[j]) for i, j in method.pair(row_scores)])
-    different = [pair for pair in sum(pairs, []) if pair.better.ids != pair.worse.ids]
-    for pair, strength in zip(different, method.strength(models, different, args, method.judge)):
-        pair.strength = strength
-    for pair, ref_logps in zip(different, method.reference(models, different, args)):
-        pair.ref_logps = ref_logps
-    return candidates, pairs
-
-
-def train_step(models, rows, method, step, args):
-    """One step of the paper's Figure 2. Pairs without a strength are left out of the mean; where none is
-    kept, weights and schedule stay. Returns the step's line of metrics.jsonl."""
-    candidates, pairs = in_parallel(make_pairs, models, rows, method, step, args)  # of all processes
-    pairs = sum(pairs, [])
-    kept = [pair for pair in pairs if pair.strength is not None]
-    figures = method.update(models, kept, method, step, args) if kept else {}
-    method.after_step(models, step, args)
-    return {"step": step + 1} | step_figures(models, candidates, pairs, kept, method, args) | figures
-
-
+# 11. The whole run, and the table of stages -------------------------------------------------------
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
-    steps = method_steps(data.rows, args)
-    start_training(models, args.learning_rate, steps, args)
+    steps = method_steps(data.examples, args)
+    make_optimizer(models, args.learning_rate, steps, args)
     before = answers(models.start, models, data.held_out, args, noise=0)  # pi_SFT's, to compare with
     evaluation = None
     for step, log in resumable_steps("metrics", steps, models, args):
-        indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
-        metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
+        indices = step_indices(len(data.examples), args.prompts_per_step, step, args.seed)
+        metrics = train_step(models, [data.examples[i] for i in indices], method, step, args)
         if (step + 1) % in_steps(args.eval_steps, steps) == 0 or step + 1 == steps:
             evaluation = evaluate(models, data.held_out, before, method, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
@@ -557,13 +513,13 @@ def train(models, data, method, args):
     return report(evaluation, models, data, method, args)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Method:
     """The stages; the defaults are OSP. A variant replaces some, as in Method(loss=...)."""
-    sample: Callable = sample_policy  # models, rows, step, args -> candidates of each row
+    sample: Callable = sample_policy  # models, examples, step, args -> candidates of each
     judge: Callable = language_model_judge  # models, N prompts, texts shown as A, as B, args -> (N,)
-    score: Callable = ranking_scores  # models, rows, candidates, args, judge -> scores of each row's
-    pair: Callable = ranked_pairs  # scores of one row -> pairs of indices (better, worse)
+    score: Callable = ranking_scores  # models, examples, candidates, args, judge -> scores of each
+    pair: Callable = ranked_pairs  # scores of one example -> pairs of indices (better, worse)
     strength: Callable = judge_pairs  # models, pairs, args, judge -> strength of each; None drops it
     reference: Callable = reference_logps  # models, pairs, args -> two logps of each pair
     reward: Callable = implicit_reward  # logps, reference logps, (2, P) each, pairs, args -> (2, P)
@@ -585,14 +541,14 @@ METHODS = {"osp": osp}  # name -> what makes it from the arguments
 
 
 def run_method(args) -> dict:
-    """The whole run; returns its summary. Raises Stop."""
+    """The whole run; returns its summary. Raises RunError."""
     path = newest_start(args)
     policy, tokenizer = load_model(path, args)
     named = [*args.matrix_model_names_or_paths, args.eval_judge_name_or_path]
     others = {name: frozen(name, args) for name in named if name}
     method = METHODS[args.method](args)
     if not args.dataset_name:
-        method = dataclasses.replace(method, gold=gold_reward)
+        method = replace(method, gold=gold_reward)
     data = load_data([(policy, tokenizer), *others.values()], args)
     note_fingerprints(data, policy, path, args)
     check_folder(args)  # once more, by what was read
@@ -600,8 +556,8 @@ def run_method(args) -> dict:
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args), others=others)
-        if data.sft_pairs and path == args.model_name_or_path:  # else `path` is a pi_SFT
-            supervised_finetune(models, data.sft_pairs, args)
+        if data.preferences and path == args.model_name_or_path:  # else `path` is a pi_SFT
+            supervised_finetune(models, data.preferences, args)
             path = save_sft(models, args)
         models.start, _ = frozen(path, args)  # pi_SFT
         models.judge = models.reference = models.start
@@ -617,7 +573,7 @@ def json_object(text):
     return dict(json.loads(text))
 
 
-@dataclasses.dataclass
+@dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
     # -- data and folder --
@@ -626,7 +582,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: json_object = dataclasses.field(default_factory=dict)  # JSON for the template
+    chat_template_kwargs: json_object = field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     # -- speed and memory --
@@ -640,7 +596,7 @@ class Arguments(MethodArguments):
     num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
     eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
     # -- tso --
-    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # models asked too
+    matrix_model_names_or_paths: list[str] = field(default_factory=list)  # models asked too
     dual_clip: float = 0.2  # a reward has no gradient beyond it, above or below
     label_margin: float = 0.1  # pairs whose strength is nearer to 1/2 are dropped
     reference_steps: int = 50  # steps after which the reference becomes the policy
@@ -661,7 +617,7 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 
 
 def parse_arguments(argv):
-    """The command line as Arguments, checked. Raises Stop."""
+    """The command line as Arguments, checked. Raises RunError."""
     own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
     parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
     source = Path(__file__).read_text("utf-8")
@@ -693,7 +649,7 @@ def parse_arguments(argv):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Starts a run, goes on with it, or shows its result; returns its summary. Raises Stop."""
+    """Starts a run, goes on with it, or shows its result; returns its summary. Raises RunError."""
     start_process()
     args = parse_arguments(argv)
     check_folder(args)
@@ -711,7 +667,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not out_of_memory(error):
             raise
         why, code = "out of memory: give a smaller --micro_batch_size, or --gradient_checkpointing", 1
-    raise Stop(f"{why}; the same command goes on from {newest_step(args)}.", code)
+    raise RunError(f"{why}; the same command goes on from {newest_step(args)}.", code)
 
 
 def out_of_memory(error):
@@ -723,10 +679,10 @@ def forecast(model, data, args):
     """What a run is going to take, in a line."""
     size, of_frozen = sum(weight.numel() for weight in model.parameters()), 2 if args.bf16 else 4
     memory = size * (4 + 4 + 8 + of_frozen) / 1e9
-    steps = method_steps(data.rows, args)
+    steps = method_steps(data.examples, args)
     responses = steps * args.prompts_per_step * args.num_generations
     return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
-            f"copy, and more for activations; {sft_steps(data.sft_pairs, args)} steps of SFT, then "
+            f"copy, and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then "
             f"{steps} steps with {responses} responses")
 
 
@@ -741,8 +697,8 @@ def say(text, file=None):
 
 
 def refuse(sentence):
-    """Raises Stop, for a mistake that shows before the first step."""
-    raise Stop(sentence + ".")
+    """Raises RunError, for a mistake that shows before the first step."""
+    raise RunError(sentence + ".")
 
 
 def cause(error):
@@ -758,15 +714,15 @@ FROM_HUB = "give a name on the Hub (which needs the network), or a "
 
 @contextmanager
 def trying(what, advice, code=2):
-    """Raises Stop where the block fails: the libraries raise a dozen kinds of errors."""
+    """Raises RunError where the block fails: the libraries raise a dozen kinds of errors."""
     try:
         yield
-    except Stop:
+    except RunError:
         raise
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
+        raise RunError(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
@@ -892,14 +848,14 @@ def report(summary, models, data, method, args):
     """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
     with writing(args.output_dir):
         save_model(models, args.output_dir)
-    if data.held_out_pairs:
-        summary |= judge_figures(models, data.held_out_pairs, method, args)
+    if data.held_out_preferences:
+        summary |= judge_figures(models, data.held_out_preferences, method, args)
     if data.ood:
         before = answers(models.start, models, data.ood, args, noise=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
-    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
+    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples), "steps": len(lines),
                 "seed": args.seed, "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     if RANK == 0:
         draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
@@ -967,7 +923,7 @@ MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpoi
 
 
 def check_folder(args):
-    """Raises Stop unless --output_dir is empty, new, or holds a run with the same arguments and data."""
+    """Raises RunError unless --output_dir is empty, new, or holds a run with the same arguments and data."""
     folder, path = args.output_dir, args.output_dir / "arguments.json"
     if path.exists():
         then = json.loads(path.read_text("utf-8"))
@@ -996,7 +952,7 @@ def newest_start(args):
 
 @contextmanager
 def output_folder(args):
-    """Keeps the run's folder for this run alone while the block works. Raises Stop if another has it."""
+    """Keeps the run's folder for this run alone while the block works. Raises RunError if another has it."""
     collected([])  # waits: none may write before all have looked
     if RANK > 0:
         yield
@@ -1018,14 +974,14 @@ def output_folder(args):
 
 
 def writing(path):
-    """Raises Stop where what the block writes to `path` cannot be written."""
+    """Raises RunError where what the block writes to `path` cannot be written."""
     advice = "make room and give the same command again, or another --output_dir"
     return trying(f"write {str(path)!r}", advice, code=1)
 
 
 @contextmanager
 def written_whole(path):
-    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises Stop."""
+    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises RunError."""
     scratch = path.with_name(f".{path.name}.partial")
     with writing(path):
         yield scratch
@@ -1034,7 +990,7 @@ def written_whole(path):
 
 
 def as_json(figures, **form):
-    """Figures as JSON. Raises Stop where one is no number."""
+    """Figures as JSON. Raises RunError where one is no number."""
     advice = "start again with a lower learning rate, or without --bf16"
     with trying("go on with a figure that is no number", advice, code=1):
         return json.dumps(figures, allow_nan=False, **form)
@@ -1089,7 +1045,7 @@ def save_checkpoint(models, path, step):
 
 
 def load_checkpoint(models, path):
-    """All as it was at the checkpoint; returns the steps done, 0 without one. Raises Stop."""
+    """All as it was at the checkpoint; returns the steps done, 0 without one. Raises RunError."""
     if not path.exists():
         return 0
     with trying(f"read the checkpoint {path}", "remove it, and the same command starts this phase anew"):
@@ -1113,7 +1069,7 @@ def newest_step(args):
 
 def resumable_steps(name, steps, models, args):
     """The steps that are left, each with log(figures), which adds a line to <name>.jsonl and shows some.
-    Every save_steps steps the checkpoint <name>.pt is replaced. Raises Stop."""
+    Every save_steps steps the checkpoint <name>.pt is replaced. Raises RunError."""
     checkpoint, lines = args.output_dir / f"{name}.pt", args.output_dir / f"{name}.jsonl"
     done = load_checkpoint(models, checkpoint)
     before = lines.read_text().splitlines(keepends=True) if lines.exists() else []
@@ -1178,7 +1134,7 @@ def in_parallel(stage, models, rows, *more):
 def micro_batches(model, items, size, args):
     """Yields this process's parts of at most `size` items, and the weight of their losses. FSDP averages
     the gradients of processes where the loss wants their sum, hence WORLD. All processes make equally
-    many passes: one that has fewer parts repeats one with weight 0. Raises Stop where processes
+    many passes: one that has fewer parts repeats one with weight 0. Raises RunError where processes
     use different parameters, which FSDP would mix up."""
     parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
     model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
@@ -1186,7 +1142,7 @@ def micro_batches(model, items, size, args):
         yield parts[i % len(parts)], float(WORLD * (i < len(parts)))
     used = [weight.grad is not None for weight in model.parameters()]
     if any(others != used for others in collected([used])):
-        raise Stop("The processes use different parameters, such as experts: take one process.", code=1)
+        raise RunError("The processes use different parameters, such as experts: take one process.", code=1)
 
 
 def joined(seen):
@@ -1213,7 +1169,7 @@ def placed(model, args):
 
 
 def frozen(name, args):
-    """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises Stop."""
+    """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises RunError."""
     model, tokenizer = load_model(name, args, torch.bfloat16 if args.bf16 else torch.float32)
     return placed(model.requires_grad_(False), args), tokenizer
 
@@ -1250,7 +1206,7 @@ SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fi
 
 
 def check_files(name, trust):
-    """Raises Stop where the files hold something else than the weights of a model to train."""
+    """Raises RunError where the files hold something else than the weights of a model to train."""
     if find_adapter_config_file(name):
         refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, and give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -1260,7 +1216,7 @@ def check_files(name, trust):
 
 
 def check_tokenizer(model, tokenizer, args):
-    """Makes a tokenizer a function of the text alone; raises Stop unless it fits the model."""
+    """Makes a tokenizer a function of the text alone; raises RunError unless it fits the model."""
     name, embedded = model.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
@@ -1282,7 +1238,7 @@ def check_tokenizer(model, tokenizer, args):
 
 
 def check_weights(model, keys):
-    """Raises Stop unless the model's weights are all there, are numbers, and are all that the file has
+    """Raises RunError unless the model's weights are all there, are numbers, and are all that the file has
     of their modules. `keys` are those that from_pretrained missed or did not read."""
     name, unread = model.name_or_path, sorted(keys["unexpected_keys"])
     if keys["missing_keys"]:
@@ -1310,7 +1266,7 @@ def shares_prompts(model):
 
 def check_passes(model, training, ways=(True, False)):
     """Compares the program's passes with plain ones of single sequences. Where prompts cannot be shared,
-    as with recurrent layers, sharing is given up. Raises Stop if that does not help."""
+    as with recurrent layers, sharing is given up. Raises RunError if that does not help."""
     for model.shares_prompts in ways:
         try:
             gaps, close = passes_differ(model.train(training))
@@ -1335,18 +1291,18 @@ def passes_differ(model):
     prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
     wholes = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
-    batch = response_logits(model, prompts, responses, shares_prompts(model))
+    batch = token_logps(model, prompts, responses, shares_prompts(model))
     odds = torch.stack(question_logits(model, "xyx", wholes, verdicts, 3)).diff()
     cache, logits, mask = prefill(model, prompts)
     steps = [logits]
     for token in tokens.T[:-1]:
-        mask = nn.functional.pad(mask, (0, 1), value=1)
+        mask = F.pad(mask, (0, 1), value=1)
         steps.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
     model.eval()
     plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
     plain = torch.stack(plain).float()  # (3, 7, V)
     right = chosen_logps(plain[:, :-1], tokens)
-    gaps = {"batches": chosen_logps(batch, tokens) - right,
+    gaps = {"batches": batch - right,
             "sampling": chosen_logps(torch.stack(steps, 1), tokens) - right,
             "judging": odds - plain[:, -1, verdicts].diff()}
     rounding = 2**-5 if getattr(model, "bf16", False) else 1e-4
@@ -1372,6 +1328,64 @@ def context_length(model):
         if isinstance(kind, dict) and kind.get("rope_type") in ("longrope", "dynamic"):
             most = min(most, kind.get("original_max_position_embeddings", most))
     return most
+
+
+def padded(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
+    """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
+    matter that 0 may be a token's id, too."""
+    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
+    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
+    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
+
+
+def left_padded(prompts: list[Ids], device) -> tuple[Tensor, Tensor]:
+    """[1 2 3], [4] -> ids [[1 2 3], [0 0 4]] and mask [[1 1 1], [0 0 1]]: all prompts end together."""
+    return padded(prompts, "left", device)
+
+
+def right_padded(responses: list[Ids], device) -> tuple[Tensor, Tensor]:
+    """[5], [6 7] -> ids [[5 0], [6 7]] and mask [[1 0], [1 1]]: all responses begin together."""
+    return padded(responses, "right", device)
+
+
+def forward(model, ids, mask, keep=0, cache=None):
+    """ids (N, T) -> logits (N, keep, V) of what follows the last `keep` columns (0: all; a tensor: these
+    columns). The mask covers what is cached, too."""
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1]:]  # of the ids; they skip padding
+    logits = model(input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache,
+                   use_cache=cache is not None, logits_to_keep=keep).logits
+    if isinstance(keep, int):
+        return logits[:, -keep:]  # some models' classes give all
+    return logits if logits.shape[1] == len(keep) else logits[:, keep]
+
+
+def in_steps(value, steps):
+    """A number of steps; below 1 it is a share of all steps, rounded up."""
+    return int(value) if value >= 1 else math.ceil(value * steps)
+
+
+def number_of_steps(n, size, epochs, most):
+    """The steps of so many passes over n rows, or `most` where that is not -1."""
+    return most if most >= 0 else epochs * math.ceil(n / size)
+
+
+def sft_steps(pairs, args):
+    """How many steps SFT makes."""
+    epochs, most = args.sft_num_train_epochs, args.sft_max_steps
+    return number_of_steps(len(pairs), args.sft_batch_size, epochs, most)
+
+
+def method_steps(rows, args):
+    """How many steps the method makes."""
+    return number_of_steps(len(rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
+
+
+def step_indices(n, size, step, seed):
+    """The numbers of a step's rows. Each epoch has a new order; its last step may be smaller. They are a
+    function of the step alone, so a resumed run needs no saved position in the data."""
+    epoch, position = divmod(step, math.ceil(n / size))
+    order = np.random.default_rng((seed, epoch)).permutation(n)
+    return order[position * size : (position + 1) * size].tolist()
 
 
 def chunks(items, size):
@@ -1400,20 +1414,13 @@ def prefill(model, prompt_ids):
     return cache, logits[rows], mask[rows]
 
 
-def response_logits(model, prompt_ids, response_ids, share):
-    """N prompts and responses -> logits (N, T, V) of the responses' tokens, and of no others. `share`
-    computes equal prompts once, which is a third of the time of an update."""
-    ids, mask = right_padded(response_ids, model.device)
-    T = ids.shape[1]
-    if not share:
-        heads, head_mask = left_padded(prompt_ids, model.device)
-        ids, mask = torch.cat([heads, ids], 1), torch.cat([head_mask, mask], 1)
-        return forward(model, ids, mask, T + 1)[:, :-1]  # column t predicts column t + 1
+def shared_logits(model, prompt_ids, ids, mask):
+    """N prompts, and their responses padded on the right, (N, T) -> the logits (N, T, V) that predict
+    them. Equal prompts are computed once, which is a third of the time of an update."""
     cache, first, head_mask = prefill(model, prompt_ids)
-    end = max(T - 1, 1)  # one column at least: all processes make equally many passes
-    mask = torch.cat([head_mask, mask[:, :end]], 1)
-    rest = forward(model, ids[:, :end], mask, 0, cache)
-    return torch.cat([first[:, None], rest], 1)[:, :T]
+    end = max(ids.shape[1] - 1, 1)  # one column at least: all processes make equally many passes
+    rest = forward(model, ids[:, :end], torch.cat([head_mask, mask[:, :end]], 1), 0, cache)
+    return torch.cat([first[:, None], rest], 1)[:, : ids.shape[1]]
 
 
 def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
@@ -1530,7 +1537,7 @@ def split_at_answer(tokenizer, messages):
     raise ValueError(min(reasons, key=lambda one: one[0])[1])
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def control_tokens(tokenizer):
     """A pattern of the control tokens: those flagged special, and those that the chat template writes
     into any conversation. Tokens of blanks and of plain words are none."""
@@ -1598,9 +1605,9 @@ def encode_responses(tokenizer, prompts, responses, limit, ended=True):
     return rows
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def verdict_format(tokenizer):
-    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop. A
+    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises RunError. A
     letter encoded by itself may get another id, so both are read off the end of a whole question: after
     what stands before every answer ("Better: A"), or on a new line. Each must add one token to it."""
     for end in ("", "\n"):
@@ -1609,7 +1616,7 @@ def verdict_format(tokenizer):
         head, with_a, with_b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
         if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
             return end, with_a[-1], with_b[-1]
-    raise Stop("This tokenizer never makes one token each of the verdicts A and B after the judge's "
+    raise RunError("This tokenizer never makes one token each of the verdicts A and B after the judge's "
                "question: change the end of JUDGE_FRAME in osp.py.")
 
 
@@ -1627,15 +1634,15 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-# What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
+# What a run trains and is measured on: (prompt, chosen, rejected)s are preferences, the others Examples, whose
 # prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
-Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
+Data = namedtuple("Data", "preferences examples held_out held_out_preferences ood")
 
 
 def load_data(readers, args):
     """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
     All splits are drawn from by the seed: their order may mean something. Without one to measure on, a
-    tenth of the prompts is held out, at most num_eval_prompts. Raises Stop."""
+    tenth of the prompts is held out, at most num_eval_prompts. Raises RunError."""
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
@@ -1691,7 +1698,7 @@ def why_unfit(prompt, *responses, readers, new_tokens):
 
 def usable_rows(raws, unfit, wanted, name):
     """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
-    what is dropped. Raises Stop."""
+    what is dropped. Raises RunError."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
     unread = ", ".join(one for one in raws.column_names if one not in used)
@@ -1716,13 +1723,13 @@ def usable_rows(raws, unfit, wanted, name):
 
 
 def distinct_prompts(tokenizer, rows, most):
-    """The first `most` distinct prompts as Rows, with all the responses that the data has to each."""
+    """The first `most` distinct prompts as Examples, with all the responses that the data has to each."""
     found = {}
     for prompt, *responses in rows:
         key = transcript(prompt)
         if key not in found and len(found) < most:
             [ids] = encode_prompts(tokenizer, [prompt])
-            found[key] = Row(prompt, ids, len(found), [])
+            found[key] = Example(prompt, ids, len(found), [])
         if key in found and responses:
             found[key].responses.append(responses)
     return list(found.values())
@@ -1730,7 +1737,7 @@ def distinct_prompts(tokenizer, rows, most):
 
 def read_dataset(name, config=None, data_dir=None):
     """The raw splits, by whichever loader of `datasets` fits the name. What is read from files lies in a
-    folder that goes once it is open. Raises Stop."""
+    folder that goes once it is open. Raises RunError."""
     if name is None:
         return builtin_preferences()
     path, place, files = Path(name), os.path.abspath(name), None
@@ -1759,7 +1766,7 @@ def read_dataset(name, config=None, data_dir=None):
 
 
 def take_split(splits, split):
-    """The rows of a split. Raises Stop if it is missing, or if its columns fit no format."""
+    """The rows of a split. Raises RunError if it is missing, or if its columns fit no format."""
     if split not in splits:
         refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
                f"{', '.join(map(str, splits))}")
@@ -1977,7 +1984,7 @@ def tso(args):
 
 
 def model_matrix(roles, args, with_human):
-    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises Stop."""
+    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError."""
     size = len(roles) + len(args.matrix_model_names_or_paths)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
@@ -2025,7 +2032,7 @@ def dual_clip_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor, clip: f
     Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source:
     TSO for a dual clip reward. Reconstruction: the formula."""
     winner, loser = winner_and_loser(reward_1, reward_2, strength)
-    return -nn.functional.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
+    return -F.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
 
 
 def winner_and_loser(reward_1, reward_2, label):
@@ -2063,7 +2070,7 @@ METHODS |= {"tso": tso, "collect": collecting}
 def collect(models, data, method, args):
     """Prompts, responses, filter, labels: each saves human labour in the next. Writes preferences.jsonl;
     returns what each step left. Source: the paper for the steps. Reconstruction: how."""
-    candidates, pairs = make_pairs(models, data.rows, method, 0, args)
+    candidates, pairs = make_pairs(models, data.examples, method, 0, args)
     kept = widest_spreads(candidates, args.keep_prompts)
     questions, counts = worth_asking(sum([pairs[i] for i in sorted(kept)], []), args)
     if not questions:
@@ -2095,8 +2102,8 @@ def worth_asking(pairs, args):
     left["no_tie"] = [pair for pair in left["not_alike"] if sureness(pair) >= args.min_strength]
     left["no_landslide"] = [pair for pair in left["no_tie"] if sureness(pair) <= args.max_strength]
     for pair in sorted(left["no_landslide"], key=alike):
-        order.append((turns[pair.row.index], pair))
-        turns[pair.row.index] += 1
+        order.append((turns[pair.example.index], pair))
+        turns[pair.example.index] += 1
     order.sort(key=lambda turn_and_pair: turn_and_pair[0])  # first one question of each prompt
     left["questions"] = [pair for turn, pair in order if turn < args.pairs_per_prompt]
     return left["questions"], {name: len(found) for name, found in left.items()}
@@ -2125,7 +2132,7 @@ def ask_human(questions, args):
         if args.dataset_name:
             answer = read_answer(pair, f"{labels} of {args.num_labels}")
         else:
-            p = true_strength(pair.row.prompt, pair.better.text, pair.worse.text)
+            p = true_strength(pair.example.prompt, pair.better.text, pair.worse.text)
             answer = "1" if np.random.default_rng((args.seed, i)).random() < p else "2"
         labels += answer != "s"
         lines.append(json.dumps(preference(pair, answer)))
@@ -2137,19 +2144,19 @@ def preference(pair, answer):
     """A row of preferences.jsonl; strength is the judge's p(chosen > rejected)."""
     ways = {"1": (pair.better.text, pair.worse.text, pair.strength), "s": (None, None, None),
             "2": (pair.worse.text, pair.better.text, 1 - pair.strength)}
-    return dict(zip(("prompt", "chosen", "rejected", "strength"), (pair.row.prompt, *ways[answer])))
+    return dict(zip(("prompt", "chosen", "rejected", "strength"), (pair.example.prompt, *ways[answer])))
 
 
 def read_answer(pair, count):
-    """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises Stop."""
-    say(f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
+    """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises RunError."""
+    say(f"\n[{count}] {transcript(pair.example.prompt)}\n\n1: {pair.better.text}\n\n"
         f"2: {pair.worse.text}\n")
     answer = ""
     while answer not in ("1", "2", "s"):
         try:
             answer = input("better: 1 or 2; s: skip; end of input (Ctrl-D): stop > ").strip()
         except (EOFError, KeyboardInterrupt):
-            raise Stop("All answers are in preferences.jsonl; the same command goes on there.", code=0)
+            raise RunError("All answers are in preferences.jsonl; the same command goes on there.", code=0)
     return answer
 
 
@@ -2161,7 +2168,7 @@ if __name__ == "__main__":
         if WORLD > 1:
             dist.destroy_process_group()
         sys.exit()
-    except Stop as stop:
+    except RunError as stop:
         sentence, code = str(stop), stop.code
     except KeyboardInterrupt:
         sentence, code = "interrupted before the run began.", 130
