@@ -1161,10 +1161,13 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, real):
 
 # Several processes --------------------------------------------------------------------------------
 TORCHRUN = """
-import functools, json, runpy, shutil, sys
+import json, runpy, shutil, sys
 sys.path.insert(0, sys.argv[1])
 import osp
-osp.builtin_preferences = functools.cache(osp.builtin_preferences)
+splits = osp.builtin_preferences()
+for name in ("test", "ood"):  # as quick_runs does
+    splits[name] = splits[name].select(range(64))
+osp.builtin_preferences = lambda: splits
 train_step = osp.train_step
 def measure(models, rows, method, step, args):
     if step == 1 and osp.RANK == 0:
