@@ -177,8 +177,7 @@ class Pair:
     worse: Candidate
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
     verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
-    ref_logps: tuple | None = None  # of the better and the worse one under the reference
-    before_update: list | None = None  # what the update's pass saw: loss, both rewards, log-ratio
+    before_update: list | None = None  # what the update's pass saw: loss, two rewards, and log-ratio
 
 
 # 3. One step: start reading here ------------------------------------------------------------------
@@ -207,10 +206,8 @@ def make_pairs(models, examples, method, step, args):
         own_pairs = [Pair(example, own[i], own[j]) for i, j in method.pair(own_scores)]  # K//2
         different += [pair for pair in own_pairs if pair.better.ids != pair.worse.ids]
         pairs.append(own_pairs)
-    strengths = method.strength(models, different, args, method.judge)
-    ref_logps = method.reference(models, different, args)
-    for pair, strength, logps in zip(different, strengths, ref_logps):
-        pair.strength, pair.ref_logps = strength, logps
+    for pair, strength in zip(different, method.strength(models, different, args, method.judge)):
+        pair.strength = strength
     return candidates, pairs
 
 
@@ -362,17 +359,17 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     return logps
 
 
-def pair_logps(model, pairs, micro_batch_size):
-    """P pairs -> (2, P) logps: of the better responses, and of the worse ones."""
+def pair_logps(model, pairs):
+    """P pairs -> (2, P) logps: of the better responses, and of the worse ones, in one forward pass."""
     prompts = [pair.example.ids for pair in pairs] * 2
     responses = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
-    return response_logps(model, prompts, responses, micro_batch_size).reshape(2, -1)
+    return response_logps(model, prompts, responses, 2 * len(pairs)).reshape(2, -1)
 
 
-def reference_logps(models, pairs, args):
-    """P pairs -> logps of the better and the worse response under the frozen reference, by pair."""
+def reference_logps(models, pairs):
+    """P pairs -> (2, P) logps under the frozen reference."""
     with inference(models.reference) as reference:
-        return pair_logps(reference, pairs, args.micro_batch_size).T.tolist()
+        return pair_logps(reference, pairs)
 
 
 # 8. The reward, and the SPCE loss -----------------------------------------------------------------
@@ -399,8 +396,8 @@ def update(models, pairs, method, step, args):
     """One optimiser step on the mean loss over these P pairs. Notes on each pair what its pass saw."""
     seen = []
     for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
-        logps = pair_logps(models.policy, part, 2 * len(part))  # (2, P), in one forward pass
-        ref_logps = torch.tensor([pair.ref_logps for pair in part], device=logps.device).T  # (2, P)
+        logps = pair_logps(models.policy, part)  # (2, P)
+        ref_logps = method.reference(models, part)  # (2, P), of a pass alike: at the first step h is 0
         strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
         rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
         losses = method.loss(*rewards, strength)  # (P,)
@@ -521,7 +518,7 @@ class Method:
     score: Callable = ranking_scores  # models, examples, candidates, args, judge -> scores of each
     pair: Callable = ranked_pairs  # scores of one example -> pairs of indices (better, worse)
     strength: Callable = judge_pairs  # models, pairs, args, judge -> strength of each; None drops it
-    reference: Callable = reference_logps  # models, pairs, args -> two logps of each pair
+    reference: Callable = reference_logps  # models, pairs -> their logps (2, P)
     reward: Callable = implicit_reward  # logps, reference logps, (2, P) each, pairs, args -> (2, P)
     loss: Callable = spce_loss  # reward_1, reward_2, strength, (P,) each -> losses (P,)
     update: Callable = update  # models, pairs, method, step, args -> figures

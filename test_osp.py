@@ -260,17 +260,21 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
     prompts, responses = random_ids(3, 12), random_ids(10, 9)
     for i, strength in enumerate([0.9, 0.5, 0.2, 0.7, 0.6]):
         sides = [Candidate(ids, "") for ids in responses[2 * i : 2 * i + 2]]
-        row, ref_logps = row_of("", i, prompts[i // 2]), (-20.0 + 3 * i, -8.0 - i)
-        pairs.append(pair_of(*sides, strength, row, ref_logps=ref_logps))
+        row = row_of("", i, prompts[i // 2])
+        pairs.append(pair_of(*sides, strength, row))
         logps = [naive_logps(plain, row.ids, side.ids) for side in sides]
-        rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, ref_logps)]
+        rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, (-20.0 + 3 * i, -8.0 - i))]
         losses.append(osp.spce_loss(*rewards, strength))
     torch.stack(losses).mean().backward()
     if checkpointing:
         models.policy.activation_checkpointing_enable()
     args = Arguments(
         micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
-    figures = osp.update(models, pairs, Method(), 0, args)
+    def reference(models, part):
+        numbers = torch.tensor([float(pair.example.index) for pair in part])
+        return torch.stack([-20.0 + 3 * numbers, -8.0 - numbers])
+
+    figures = osp.update(models, pairs, Method(reference=reference), 0, args)
     moved = weights_of(plain) - weights_of(models.policy)
     expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
     assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
@@ -1847,8 +1851,15 @@ def step_vectors(kind, method, own):
     for step, samples in enumerate(GIVEN["samples"]):
         models.policy.zero_grad()
         rows, candidates = given_samples(models.tokenizer, samples, args.num_generations)
-        update = mock.Mock(wraps=osp.update)
-        stages = dataclasses.replace(method(args), sample=lambda *_: candidates, update=update)
+        update, ref_logps = mock.Mock(wraps=osp.update), []
+
+        def reference(models, part, ref_logps=ref_logps):
+            logps = osp.reference_logps(models, part)
+            ref_logps += logps.T.tolist()
+            return logps
+
+        stages = dataclasses.replace(
+            method(args), sample=lambda *_: candidates, update=update, reference=reference)
         metrics = osp.train_step(models, rows, stages, step, args)
         pairs = sum([call.args[1] for call in update.call_args_list], [])
         items = {
@@ -1858,7 +1869,8 @@ def step_vectors(kind, method, own):
             "pairs": [[pair.example.index, pair.better.source, pair.worse.source] for pair in pairs],
             "losses": [pair.before_update[0] for pair in pairs],
             "rewards": [pair.before_update[1:3] for pair in pairs]}
-        for name in ("verdicts", "strength", "ref_logps"):
+        items["ref_logps"] = ref_logps[: len(pairs)]
+        for name in ("verdicts", "strength"):
             items[name] = [getattr(pair, name) for pair in pairs]
         items |= {f"metrics.{name}": value for name, value in metrics.items()}
         items |= parameters_of(models.policy, "grad", "gradient")
