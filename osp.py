@@ -2159,6 +2159,7 @@ def read_answer(pair, count):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C too
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     sys.stdout.reconfigure(errors="replace")  # a letter that cannot be shown must not end a run
     try:
         main()
