@@ -30,8 +30,8 @@ The paper's public text leaves some steps open. This project filled them in. Doc
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
 vocabulary. Pr(A) is the judge's probability of the verdict A. A strength p says how likely response 1 is
 the better one; of a Pair, 1 is the response that ranks higher. `logps` is always a SUM over a response's
-tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off has
-no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
+tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off
+has no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
 """
 import difflib
 import fcntl
@@ -265,7 +265,7 @@ def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
         logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)  # (2,) each
     log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])
     if log_odds.isnan().any():
-        raise RunError("The judge's verdicts are no numbers: its weights or precision are broken.", code=1)
+        raise RunError("The judge's verdicts are not numbers: its weights or precision are broken.", 1)
     return log_odds
 
 
@@ -435,8 +435,8 @@ def optimizer_step(models, loss, where, args):
     weights = models.policy.parameters()
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
-                       "start again with a lower learning rate.", code=1)
+        raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was "
+                       "made: start again with a lower learning rate.", code=1)
     models.optimizer.step()
     models.scheduler.step()
     models.optimizer.zero_grad()
@@ -1139,7 +1139,7 @@ def micro_batches(model, items, size, args):
         yield parts[i % len(parts)], float(WORLD * (i < len(parts)))
     used = [weight.grad is not None for weight in model.parameters()]
     if any(others != used for others in collected([used])):
-        raise RunError("The processes use different parameters, such as experts: take one process.", code=1)
+        raise RunError("The processes use different parameters, as of experts: take one process.", 1)
 
 
 def joined(seen):
@@ -1205,7 +1205,7 @@ SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fi
 def check_files(name, trust):
     """Raises RunError where the files hold something else than the weights of a model to train."""
     if find_adapter_config_file(name):
-        refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, and give that")
+        refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     if hasattr(config, "quantization_config"):
         refuse(f"{name!r} is quantized (quantization_config in its config.json), and all weights are "
@@ -1235,13 +1235,13 @@ def check_tokenizer(model, tokenizer, args):
 
 
 def check_weights(model, keys):
-    """Raises RunError unless the model's weights are all there, are numbers, and are all that the file has
-    of their modules. `keys` are those that from_pretrained missed or did not read."""
+    """Raises RunError unless the model's weights are all there, are numbers, and are all that the file
+    has of their modules. `keys` are those that from_pretrained missed or did not read."""
     name, unread = model.name_or_path, sorted(keys["unexpected_keys"])
     if keys["missing_keys"]:
         refuse(f"{name!r} lacks weights, such as {min(keys['missing_keys'])}: take a whole model")
-    owners = {owner for owner, module in model.named_modules() if owner and [*module.parameters(False)]}
-    inside = [key for key in unread if owners & set(itertools.accumulate(key.split("."), "{}.{}".format))]
+    owners = [owner + "." for owner, module in model.named_modules() if [*module.parameters(False)]]
+    inside = [key for key in unread if key.startswith(tuple(owners))]  # of modules that have weights
     if inside:
         refuse(f"The model {name!r} does not read {len(inside)} tensors of its own modules, such as "
                f"{' and '.join(inside[:2])}: its config.json does not fit the file, or it is quantized")
@@ -1268,6 +1268,8 @@ def check_passes(model, training, ways=(True, False)):
         try:
             gaps, close = passes_differ(model.train(training))
         except Exception as error:  # each family has a kind of its own
+            if out_of_memory(error):
+                raise
             gaps, close = {f"the error {cause(error)!r}": math.inf}, 0
         if all(gap < close for gap in gaps.values()):
             break
@@ -1327,7 +1329,7 @@ def context_length(model):
     return most
 
 
-def padded(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
+def padded(rows, side, device):
     """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
     matter that 0 may be a token's id, too."""
     rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
@@ -1335,12 +1337,12 @@ def padded(rows: list[Ids], side: str, device) -> tuple[Tensor, Tensor]:
     return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
 
 
-def left_padded(prompts: list[Ids], device) -> tuple[Tensor, Tensor]:
+def left_padded(prompts, device):
     """[1 2 3], [4] -> ids [[1 2 3], [0 0 4]] and mask [[1 1 1], [0 0 1]]: all prompts end together."""
     return padded(prompts, "left", device)
 
 
-def right_padded(responses: list[Ids], device) -> tuple[Tensor, Tensor]:
+def right_padded(responses, device):
     """[5], [6 7] -> ids [[5 0], [6 7]] and mask [[1 0], [1 1]]: all responses begin together."""
     return padded(responses, "right", device)
 
@@ -1361,20 +1363,18 @@ def in_steps(value, steps):
     return int(value) if value >= 1 else math.ceil(value * steps)
 
 
-def number_of_steps(n, size, epochs, most):
-    """The steps of so many passes over n rows, or `most` where that is not -1."""
-    return most if most >= 0 else epochs * math.ceil(n / size)
+def sft_steps(preferences, args):
+    """How many steps SFT makes: those of its passes over the data, if no number is given."""
+    if args.sft_max_steps >= 0:
+        return args.sft_max_steps
+    return args.sft_num_train_epochs * math.ceil(len(preferences) / args.sft_batch_size)
 
 
-def sft_steps(pairs, args):
-    """How many steps SFT makes."""
-    epochs, most = args.sft_num_train_epochs, args.sft_max_steps
-    return number_of_steps(len(pairs), args.sft_batch_size, epochs, most)
-
-
-def method_steps(rows, args):
-    """How many steps the method makes."""
-    return number_of_steps(len(rows), args.prompts_per_step, args.num_train_epochs, args.max_steps)
+def method_steps(examples, args):
+    """How many steps the method makes, likewise."""
+    if args.max_steps >= 0:
+        return args.max_steps
+    return args.num_train_epochs * math.ceil(len(examples) / args.prompts_per_step)
 
 
 def step_indices(n, size, step, seed):
@@ -1428,7 +1428,8 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         of_prompt.setdefault(str(prompt), set()).add(tuple(ids))
     for group in of_prompt.values():
         shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
-        shared = shared if shares_prompts(judge) else 0
+        if not shares_prompts(judge):
+            shared = 0
         rows += [(ids[:shared], ids[shared:]) for ids in group]
     rows.sort(key=lambda row: (len(row[0]), row))
     for part in progress(chunks(rows, micro_batch_size), "judging"):
@@ -1493,23 +1494,21 @@ def quoted(text):
 
 ANSWER = "quuxly"  # stands for an answer where a chat template's text is split at it
 PARTS = ((), ("system", "user", "assistant"), ("system", "user"))  # whose contents are lists of parts
-DATE_CODES = ["-d", "-m", *"aAbBcdHIjmMpSxXyY"]
-DATES = "".join(f"|replace('%{code}', '{time.strftime('%' + code, (2026, 1, 1, 0, 0, 0, 3, 1, 0))}')"
-                for code in DATE_CODES)
 # What a template that writes the date calls: always one day, so that a run goes on with its prompts.
-DATED = "{% macro strftime_now(format) %}{{ format" + DATES + " }}{% endmacro %}\n"
+DATED = "{% macro strftime_now(format) %}{{ format"
+for code in ["%-d", "%-m", *map("%{}".format, "aAbBcdHIjmMpSxXyY")]:
+    DATED += f"|replace('{code}', '{time.strftime(code, (2026, 1, 1, 0, 0, 0, 3, 1, 0))}')"
+DATED += " }}{% endmacro %}\n"
 HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
             [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]]
 
 
 def rendered(tokenizer, messages, parts):
     """What the chat template makes of messages; the contents of the roles `parts` are lists of parts."""
-    given = []
-    for one in messages:
-        content = one["content"]
+    given = [dict(one) for one in messages]
+    for one in given:
         if one["role"] in parts:
-            content = [{"type": "text", "text": content}]
-        given.append({"role": one["role"], "content": content})
+            one["content"] = [{"type": "text", "text": one["content"]}]
     template = DATED + tokenizer.get_chat_template()
     return tokenizer.apply_chat_template(given, chat_template=template, tokenize=False)
 
@@ -1527,7 +1526,7 @@ def split_at_answer(tokenizer, messages):
             continue
         before, answer, behind = text.rpartition(ANSWER)
         lost = [one["role"] for one in asked if one["content"].strip() not in before]
-        if answer and not lost and "'type'" not in behind + before[-20:]:
+        if answer and not lost and not before.endswith("'text': '"):  # as a list is printed
             return before, behind
         lost.append("assistant")
         reasons.append((False, f"the chat template leaves out the message of the {lost[0]}"))
@@ -1631,8 +1630,8 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-# What a run trains and is measured on: (prompt, chosen, rejected)s are preferences, the others Examples, whose
-# prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
+# What a run trains and is measured on: preferences are (prompt, chosen, rejected)s, the others Examples,
+# whose prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
 Data = namedtuple("Data", "preferences examples held_out held_out_preferences ood")
 
 
