@@ -391,8 +391,10 @@ def test_questions_that_share_their_head_get_the_answers_they_get_alone(
 
 
 def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
+    judge = broken("lm_head")
+    judge.shares_prompts = True  # as the check at load found, before it broke
     with stopped("not numbers", code=1):
-        asked(broken("lm_head"), BYTES, 8, ("hi", "rain", "mat"))
+        asked(judge, BYTES, 8, ("hi", "rain", "mat"))
 
 
 def test_scores_keep_the_order_of_a_judge_that_is_sure():
