@@ -1165,6 +1165,21 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, real):
     assert len(typed) == 4
 
 
+def test_the_variant_of_the_readme(tmp_path, monkeypatch):
+    """Its mine.py, as typed. At beta 0.1 three nats of three tokens are 0.1, two of one token 0.2."""
+    readme = Path(osp.__file__).with_name("README.md").read_text()
+    [program] = re.findall("```python\n(.*?)```", readme, re.S)
+    path = tmp_path.with_name("mine.py")
+    path.write_text(program)
+    monkeypatch.setattr(osp, "METHODS", dict(osp.METHODS))
+    monkeypatch.setattr(sys, "argv", ["mine.py", *command(tmp_path, "--method mine --max_steps 1")])
+    mine = runpy.run_path(str(path))
+    assert len(read_run(tmp_path).lines) == 1
+    logps, pair = torch.tensor([[3.0], [2.0]]), pair_of(Candidate([5, 6, 1], ""), Candidate([1], ""))
+    rewards = mine["per_token"](logps, torch.zeros(2, 1), [pair], arguments())
+    assert rewards.flatten().tolist() == approx([0.1, 0.2])
+
+
 # Several processes --------------------------------------------------------------------------------
 TORCHRUN = """
 import json, runpy, shutil, sys
