@@ -41,6 +41,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from pytest import approx, mark
+from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 from torch.nn.utils import parameters_to_vector
 from torch.utils.flop_counter import FlopCounterMode
@@ -754,6 +755,117 @@ def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
         loaded(tmp_path, make())
 
 
+def unread(*names):
+    """Adds tensors to a model's file that its class does not read."""
+    def change(folder):
+        path = Path(folder) / "model.safetensors"
+        weights = load_file(path) | {name: torch.ones(2) for name in names}
+        save_file(weights, path, {"format": "pt"})
+    return change
+
+
+def quantized(folder):
+    config = Path(folder) / "config.json"
+    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "new"}}
+    config.write_text(json.dumps(settings))
+
+
+def adapted(folder):
+    (Path(folder) / "adapter_config.json").write_text("{}")
+
+
+LAYER = "model.layers.0.self_attn.q_proj."
+
+
+@mark.parametrize("change, expected", [
+    (quantized, "is quantized"), (adapted, "holds an adapter"),
+    (unread(LAYER + "bias", LAYER + "lora_A.weight"), "2 tensors of its own modules, such as .*bias and")])
+def test_files_that_hold_something_else_are_refused(tmp_path, change, expected):
+    folder = saved(tmp_path, rotary())
+    change(folder)
+    with stopped(expected):
+        osp.load_model(folder, arguments())
+
+
+def test_tensors_of_modules_that_a_model_does_not_have_do_no_harm(tmp_path, capsys):
+    folder = saved(tmp_path, rotary())
+    unread("v_head.summary.weight")(folder)
+    osp.load_model(folder, arguments())
+    assert "1 tensors are not read, such as v_head.summary.weight" in capsys.readouterr().out
+
+
+def test_a_text_always_becomes_the_same_tokens(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.backend_tokenizer.model.dropout = 0.9
+    _, read = osp.load_model(saved(tmp_path, rotary(), tokenizer), arguments())
+    assert len({tuple(read("the cat sat on the mat").input_ids) for _ in range(9)}) == 1
+
+
+def test_a_special_token_that_no_text_reaches_may_be_beyond_the_embedding(tmp_path):
+    tokenizer = byte_level_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    loaded(tmp_path, rotary(), tokenizer)
+    tokenizer.add_tokens(["gentle"])
+    with stopped("embeds only"):
+        loaded(tmp_path / "words", rotary(), tokenizer)
+
+
+def test_processes_that_use_different_parameters_are_stopped(monkeypatch):
+    monkeypatch.setattr(osp, "collected", lambda share: [*share, []])
+    with stopped("different parameters", code=1):
+        list(osp.micro_batches(rotary(), [1, 2], 2, Arguments()))
+
+
+def test_only_layers_whose_weights_no_other_one_uses_are_divided_alone(monkeypatch):
+    """As in Zamba: one block stands in two layers."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    divided, (own, shared, one, two) = [], [GradientCheckpointingLayer() for _ in range(4)]
+    own.part, shared.part = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    one.part = two.part = shared
+    model = torch.nn.ModuleList([own, one, two])
+    monkeypatch.setattr(osp, "WORLD", 2)
+    monkeypatch.setattr("torch.distributed.fsdp.fully_shard", divided.append)
+    osp.placed(model, Arguments())
+    assert divided == [own, model]
+
+
+def test_a_class_that_keeps_all_logits_is_read_at_those_that_were_asked_for():
+    every = torch.arange(10.0).reshape(1, 5, 2)
+    model = mock.Mock(return_value=mock.Mock(logits=every))
+    ids = torch.ones(1, 5, dtype=torch.long)
+    assert torch.equal(osp.forward(model, ids, ids, 2), every[:, -2:])
+    assert torch.equal(osp.forward(model, ids, ids, torch.tensor([1, 3])), every[:, [1, 3]])
+
+
+@mark.parametrize("kind, most", [("longrope", 64), ("yarn", 1024)])
+def test_texts_end_where_a_rotation_would_go_by_the_longest_of_a_batch(kind, most):
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
+    if kind == "longrope":
+        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    model = rotary()
+    model.config.rope_parameters = rope
+    assert osp.context_length(model) == most
+
+
+def test_no_more_prompts_than_a_micro_batch_are_read_at_once(monkeypatch):
+    """Long prompts stand by themselves."""
+    models, lengths, prefill = builtin_models(0, 0, 0), [], osp.prefill
+
+    def noted(model, prompt_ids):
+        lengths.append(sorted({len(ids) for ids in prompt_ids}))
+        return prefill(model, prompt_ids)
+
+    monkeypatch.setattr(osp, "prefill", noted)
+    prompts = [RAIN, "rain", RAIN + " rain", "rain tea"]
+    rows = osp.distinct_prompts(models.tokenizer, [(prompt,) for prompt in prompts], 4)
+    args = arguments("--micro_batch_size 2 --max_new_tokens 2")
+    found = osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
+    short, long = lengths
+    assert max(short) < min(long)
+    args = arguments("--max_new_tokens 2")
+    assert found == osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
+
+
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
     tokenizer = byte_level_tokenizer()
     tokenizer.eos_token = None
@@ -770,7 +882,8 @@ def test_a_model_with_recurrent_layers_runs_by_plain_passes(tmp_path, capsys):
     model, prompt, responses = loaded(tmp_path, hybrid()), [5, 6, 7], [[4, 3], [8]]
     assert "plain passes" in capsys.readouterr().out
     slow = [naive_logps(model, prompt, response).item() for response in responses]
-    assert osp.response_logps(model, [prompt] * 2, responses).tolist() == close(slow)
+    for one in (model, hybrid()):  # one that this program did not load is checked first
+        assert osp.response_logps(one, [prompt] * 2, responses).tolist() == close(slow)
 
 
 def test_ids_that_the_tokenizer_does_not_have_are_never_sampled(tmp_path):
