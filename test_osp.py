@@ -851,16 +851,16 @@ def test_no_more_prompts_than_a_micro_batch_are_read_at_once(monkeypatch):
     """Long prompts stand by themselves."""
     models, lengths, prefill = builtin_models(0, 0, 0), [], osp.prefill
 
-    def noted(model, prompt_ids):
+    def noted(model, prompt_ids, *room):
         lengths.append(sorted({len(ids) for ids in prompt_ids}))
-        return prefill(model, prompt_ids)
+        return prefill(model, prompt_ids, *room)
 
     monkeypatch.setattr(osp, "prefill", noted)
     prompts = [RAIN, "rain", RAIN + " rain", "rain tea"]
     rows = osp.distinct_prompts(models.tokenizer, [(prompt,) for prompt in prompts], 4)
     args = arguments("--micro_batch_size 2 --max_new_tokens 2")
     found = osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
-    short, long = lengths[-2:]  # after those of the check
+    short, *_, long = lengths  # and those of the check
     assert max(short) < min(long)
     args = arguments("--max_new_tokens 2")
     assert found == osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
