@@ -663,28 +663,25 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 def parse_arguments(argv):
     """The command line as Arguments, checked. Raises Stop."""
     own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
-    parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
-    source = Path(__file__).read_text("utf-8")
+    parser = transformers.HfArgumentParser(allow_abbrev=False, epilog=own)
+    source, fields = Path(__file__).read_text("utf-8"), Arguments.__dataclass_fields__
     for title, name, text in re.findall(r"^    (?:# -- (.+) --|(\w+): .*  # (.+))", source, re.M):
         if title:
             group = parser.add_argument_group(title)
-        for action in parser._actions:
-            if action.dest == name:
-                action.help = text
-                parser._optionals._group_actions.remove(action)
-                group._group_actions.append(action)
+        elif name in fields:
+            fields[name].metadata = {"help": text}
+            parser._parse_dataclass_field(group, fields[name])
     parser._option_string_actions["--no_sft"].help = "leave out SFT: the model judges as it is"
+    parser._option_string_actions["--method"].choices = METHODS
     parser.print_help = lambda: say(parser.format_help())
     parser.error = refuse
-    if parser.parse_args(argv).model_name_or_path is None:
-        parser.set_defaults(**BUILTIN)
-    args = Arguments(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv, Arguments())
+    if args.model_name_or_path is None:
+        args = parser.parse_args(argv, Arguments(**BUILTIN))
     for name, value in vars(args).items():
         bound = f"at least {LEAST[name]}" if name in LEAST else "above 0"
         if type(value) in (int, float) and not LEAST.get(name, 1e-12) <= value < 2**32:
             refuse(f"--{name} is {value}: it must be {bound}, and below 2**32")
-    if args.method not in METHODS:
-        refuse(f"--method is {args.method!r}: it must be one of {', '.join(METHODS)}")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
     model = Path(args.model_name_or_path or "builtin").name
@@ -694,17 +691,18 @@ def parse_arguments(argv):
 
 def main(argv: list[str] | None = None) -> dict:
     """Starts a run, goes on with it, or shows its result; returns its summary. Raises Stop."""
-    start_process()
     args = parse_arguments(argv)
-    check_folder(args)
     path = args.output_dir / "summary.json"
-    if path.exists():
-        say(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
-        summary = json.loads(path.read_text("utf-8"))
+    try:
+        start_process()
+        check_folder(args)
+        if path.exists():
+            say(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
+            summary = json.loads(path.read_text("utf-8"))
+        else:
+            summary = run_method(args)
         show(summary, args)
         return summary
-    try:
-        return run_method(args)
     except KeyboardInterrupt:
         why, code = "interrupted", 130
     except Exception as error:
@@ -721,9 +719,8 @@ def out_of_memory(error):
 
 def forecast(model, data, args):
     """What a run is going to take, in a line."""
-    size, of_frozen = sum(weight.numel() for weight in model.parameters()), 2 if args.bf16 else 4
-    memory = size * (4 + 4 + 8 + of_frozen) / 1e9
-    steps = method_steps(data.rows, args)
+    size, steps = model.num_parameters(), method_steps(data.rows, args)
+    memory = size * (18 if args.bf16 else 20) / 1e9  # 4 + 4 + 8 + 2 or 4 bytes a weight
     responses = steps * args.prompts_per_step * args.num_generations
     return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
             f"copy, and more for activations; {sft_steps(data.sft_pairs, args)} steps of SFT, then "
@@ -808,15 +805,16 @@ def evaluate(models, rows, before, method, args):
         with inference(role, args.bf16) as model:
             logps.append(response_logps(model, *ids, args.micro_batch_size))
     texts = [(row.prompt, one.text, two.text) for row, one, two in zip(rows, after, before)]
-    p_12, p_21 = verdicts_of_all(method.judge, models, texts, args)
-    golds, wins = golds_of(texts, method.gold), averaged_strength(p_12, p_21).tolist()
+    verdicts = verdicts_of_all(method.judge, models, texts, args)
+    golds, wins = golds_of(texts, method.gold), averaged_strength(*verdicts)
     if method.gold:
-        wins = (1 + np.sign(golds[0] - golds[1])) / 2
+        wins = wins_by_gold(golds)
     elif args.eval_judge_name_or_path:
         model, tokenizer = models.others[args.eval_judge_name_or_path]
         other = Models(tokenizer, judge=model)
-        wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args)).tolist()
-    figures = described(models, after, golds[0]) | verdict_figures(texts, p_12, p_21)
+        wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args))
+    wins = wins.tolist()
+    figures = described(models, after, golds[0]) | verdict_figures(texts, *verdicts)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
     if len(wins) > 1:
@@ -830,6 +828,11 @@ def golds_of(texts, gold):
     return np.array(golds).reshape(-1, 2).T
 
 
+def wins_by_gold(golds):
+    """(2, P) true rewards -> (P,): 1 where the first is higher, 0 where it is lower, 1/2 for a tie."""
+    return (1 + np.sign(golds[0] - golds[1])) / 2
+
+
 def verdicts_of_all(judge, models, texts, args):
     """(prompt, response 1, response 2)s -> both orders' Pr(A), (P,) each; the processes divide them."""
     verdicts = both_orders(judge, models, *columns(own_share(texts)), args)
@@ -841,7 +844,7 @@ def verdict_figures(texts, p_12, p_21):
     Pairs of equal texts say nothing of order, those of equal length nothing of length."""
     lean = averaged_strength(p_12, p_21) - 0.5
     differ = [one != two for _, one, two in texts]
-    longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
+    longer = torch.tensor([len(one) - len(two) for _, one, two in texts])
     return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[differ],
                  strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
@@ -850,7 +853,7 @@ def judge_figures(models, texts, method, args):
     """The judge on the data's (prompt, chosen, rejected)s: how often it is right, by the truth if it is
     known, and how much surer it is than right, both by the labels."""
     lean = averaged_strength(*verdicts_of_all(method.judge, models, texts, args)) - 0.5
-    right = labelled = agreement(lean, torch.ones(()))
+    right = labelled = agreement(lean, 1)
     if method.gold:
         chosen, rejected = torch.tensor(golds_of(texts, method.gold))
         right = agreement(lean, chosen - rejected)[chosen != rejected]
@@ -860,7 +863,7 @@ def judge_figures(models, texts, method, args):
 
 def agreement(one, two):
     """(P,), (P,) -> (P,): 1 where both have one sign, 0 where not, 1/2 where one is 0."""
-    return (1 + one.sign() * two.sign()) / 2
+    return (1 + (one * two).sign()) / 2
 
 
 def step_figures(models, candidates, pairs, kept, method, args):
@@ -877,40 +880,39 @@ def step_figures(models, candidates, pairs, kept, method, args):
     return figures
 
 
-def draw_curves(lines, path):
-    """The lines of metrics.jsonl -> curves.png."""
+def draw_curves(folder):
+    """metrics.jsonl -> curves.png."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
     figure = Figure(figsize=(11, 6), layout="constrained")  # pyplot's own would stay open
-    curves = pandas.DataFrame(lines, columns=["step", *names], dtype=float).set_index("step")
+    lines = pandas.read_json(folder / "metrics.jsonl", lines=True)
+    curves = lines.reindex(columns=["step", *names]).astype(float).set_index("step")
     curves.plot(subplots=True, ax=figure.subplots(2, 3), marker=".")
-    with written_whole(path) as scratch:
+    with written_whole(folder / "curves.png") as scratch:
         figure.savefig(scratch, format="png", dpi=110)
 
 
 def report(summary, models, data, method, args):
-    """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
-    with writing(args.output_dir):
-        save_model(models, args.output_dir)
+    """Writes the model, measures what is measured once, and writes summary.json last."""
+    save_model(models, args.output_dir)
     if data.held_out_pairs:
         summary |= judge_figures(models, data.held_out_pairs, method, args)
     if data.ood:
         before = answers(models.start, models, data.ood, args, noise=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
-    lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
-    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
-                "seed": args.seed, "self_judged": not (method.gold or args.eval_judge_name_or_path)}
+    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows),
+                "steps": method_steps(data.rows, args), "seed": args.seed,
+                "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     if RANK == 0:
-        draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
+        draw_curves(args.output_dir)
     finish(summary, args)
     return summary
 
 
 def finish(summary, args):
-    """Writes summary.json, by which a run is finished, and shows it."""
+    """Writes summary.json, by which a run is finished."""
     write_text(args.output_dir / "summary.json", as_json(summary, indent=2) + "\n")
-    show(summary, args)
 
 
 def show(summary, args):
@@ -976,8 +978,7 @@ def check_folder(args):
         if changed:
             refuse(f"{folder} holds a run with other arguments ({'; '.join(changed)}): give the same, "
                    "give another --output_dir, or remove the folder")
-    ours = {".lock", ".arguments.json.partial"}
-    if not path.exists() and folder.is_dir() and {one.name for one in folder.iterdir()} - ours:
+    elif any(folder.glob("[!.]*")):  # hidden ones are a run's that began, or the system's
         refuse(f"{folder} holds other files and no run: give another --output_dir")
 
 
@@ -1050,9 +1051,11 @@ def write_text(path, text):
 def save_model(models, folder):
     """The policy and its tokenizer for plain from_pretrained. All processes must call it."""
     weights = whole_state("get_model_state_dict", models.policy)
-    if RANK == 0:
-        for name in models.policy.all_tied_weights_keys:
-            del weights[name]
+    if RANK > 0:
+        return
+    for name in models.policy.all_tied_weights_keys:
+        del weights[name]
+    with writing(folder):
         models.policy.save_pretrained(folder, state_dict=weights)
         models.tokenizer.save_pretrained(folder)
 
@@ -1130,8 +1133,9 @@ def resumable_steps(name, steps, models, args):
 
     for step in bar:
         yield step, log
-        if (step + 1) % in_steps(args.save_steps, steps) == 0 and step + 1 < steps:
-            save_checkpoint(models, checkpoint, step + 1)
+        done = step + 1
+        if done % in_steps(args.save_steps, steps) == 0 and done < steps:
+            save_checkpoint(models, checkpoint, done)
 
 
 # 15. Several processes ----------------------------------------------------------------------------
@@ -2160,13 +2164,9 @@ if __name__ == "__main__":
         main()
         if WORLD > 1:
             dist.destroy_process_group()
-        sys.exit()
     except Stop as stop:
-        sentence, code = str(stop), stop.code
-    except KeyboardInterrupt:
-        sentence, code = "interrupted before the run began.", 130
-    if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
-        say(f"osp: {sentence}", sys.stderr)
-    else:
-        time.sleep(5)  # else torchrun may end the first one before it has spoken
-    sys.exit(code)
+        if RANK == 0 or stop.code == 1:  # a mistake of the user's shows in all processes
+            say(f"osp: {stop}", sys.stderr)
+        else:
+            time.sleep(5)  # else torchrun may end the first one before it has spoken
+        sys.exit(stop.code)
