@@ -662,7 +662,7 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 
 def parse_arguments(argv):
     """The command line as Arguments, checked. Raises Stop."""
-    own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
+    own = f"Defaults of the built-in task: {BUILTIN}"
     parser = transformers.HfArgumentParser(allow_abbrev=False, epilog=own)
     source, fields = Path(__file__).read_text("utf-8"), Arguments.__dataclass_fields__
     for title, name, text in re.findall(r"^    (?:# -- (.+) --|(\w+): .*  # (.+))", source, re.M):
@@ -689,7 +689,7 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv=None):
     """Starts a run, goes on with it, or shows its result; returns its summary. Raises Stop."""
     args = parse_arguments(argv)
     path = args.output_dir / "summary.json"
@@ -714,7 +714,7 @@ def main(argv: list[str] | None = None) -> dict:
 
 def out_of_memory(error):
     """Whether an error says that memory is short. torch has several kinds of them."""
-    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+    return re.search("MemoryError|out of memory|allocate memory", repr(error))
 
 
 def forecast(model, data, args):
@@ -758,20 +758,17 @@ def trying(what, advice, code=2):
     """Raises Stop where the block fails: the libraries raise a dozen kinds of errors."""
     try:
         yield
-    except Stop:
-        raise
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, Stop) or out_of_memory(error):
             raise
         raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
-REPORT = (
-    "gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens cut_fraction "
-    "distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread "
-    "longer_preferred").split()
+REPORT = """gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens
+    cut_fraction distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread
+    longer_preferred""".split()
 
 
 def means(**columns):
@@ -818,7 +815,7 @@ def evaluate(models, rows, before, method, args):
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
     if len(wins) > 1:
-        figures["win_rate_vs_sft_se"] = np.std(wins).item() / math.sqrt(len(wins))
+        figures["win_rate_vs_sft_se"] = pandas.Series(wins).sem(ddof=0)
     return figures | {"examples": texts[:3]}
 
 
@@ -885,8 +882,8 @@ def draw_curves(folder):
     from matplotlib.figure import Figure  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
     figure = Figure(figsize=(11, 6), layout="constrained")  # pyplot's own would stay open
-    lines = pandas.read_json(folder / "metrics.jsonl", lines=True)
-    curves = lines.reindex(columns=["step", *names]).astype(float).set_index("step")
+    curves = pandas.read_json(folder / "metrics.jsonl", lines=True)
+    curves = curves.reindex(columns=["step", *names]).astype(float).set_index("step")
     curves.plot(subplots=True, ax=figure.subplots(2, 3), marker=".")
     with written_whole(folder / "curves.png") as scratch:
         figure.savefig(scratch, format="png", dpi=110)
@@ -904,8 +901,7 @@ def report(summary, models, data, method, args):
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows),
                 "steps": method_steps(data.rows, args), "seed": args.seed,
                 "self_judged": not (method.gold or args.eval_judge_name_or_path)}
-    if RANK == 0:
-        draw_curves(args.output_dir)
+    draw_curves(args.output_dir)
     finish(summary, args)
     return summary
 
@@ -917,7 +913,7 @@ def finish(summary, args):
 
 def show(summary, args):
     """Prints the result of a finished run, and removes what only going on needed."""
-    for name in ("sft.pt", ".sft.pt.partial", "metrics.pt", ".metrics.pt.partial"):
+    for name in GOING_ON:
         if RANK == 0:
             (args.output_dir / name).unlink(missing_ok=True)
     if args.method == "collect":
@@ -943,7 +939,6 @@ def report_table(summary, method):
 def warnings(summary):
     """What is wrong with a run by its figures, and what to try."""
     at = Counter(summary)  # what is missing is 0
-    growth = at["response_tokens"] / max(at["response_tokens_sft"], 1)
     chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
     found = {
         "the judge is no better than chance. Take more SFT, more pairs, or another model.":
@@ -955,7 +950,8 @@ def warnings(summary):
         "the strengths hardly differ from 1/2, so there is little to learn. Take a better judge.":
             at["strength_spread"] < 0.02,
         "responses grow, and the judge prefers the longer ones. Take a better judge, or fewer steps.":
-            at["self_judged"] and growth > 1.2 and at["longer_preferred"] > 2 / 3,
+            at["self_judged"] and at["longer_preferred"] > 2 / 3
+            and at["response_tokens"] > 1.2 * at["response_tokens_sft"],
         "responses have become alike. Raise --beta, or take fewer steps.":
             at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
         "over half of the responses were cut off. Raise --max_new_tokens.":
@@ -964,8 +960,9 @@ def warnings(summary):
 
 
 # 14. The folder of a run --------------------------------------------------------------------------
-SHOWN = ("respond", "judge", "loss", "strength_mean", "margin", "kl")  # of a step, on the progress bar
-MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpointing"}  # of a run
+SHOWN = "respond judge loss strength_mean margin kl".split()  # of a step, on the progress bar
+MAY_CHANGE = "output_dir save_steps micro_batch_size gradient_checkpointing".split()  # of a run
+GOING_ON = "sft.pt .sft.pt.partial metrics.pt .metrics.pt.partial".split()  # which only that needs
 
 
 def check_folder(args):
@@ -995,39 +992,38 @@ def newest_start(args):
     return str(sft) if sft.exists() else args.model_name_or_path
 
 
-@contextmanager
 def output_folder(args):
-    """Keeps the run's folder for this run alone while the block works. Raises Stop if another has it."""
+    """Takes the run's folder for this run alone until the file that it returns is closed, as at the end
+    of a with block. Raises Stop if another run has it."""
     collected([])  # waits: none may write before all have looked
-    if RANK > 0:
-        yield
-        return
     with writing(args.output_dir):
         args.output_dir.mkdir(parents=True, exist_ok=True)
         lock = (args.output_dir / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"Another process is at work in {args.output_dir}: wait for it, or stop it")
-        except OSError as error:  # as on some network file systems
-            say(f"Warning: no lock in {args.output_dir} ({cause(error)}): start this run once at a time")
-        if (args.output_dir / "summary.json").exists():
-            refuse("Another process has just finished this run: give the same command again to see it")
-        write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
-        yield
+    if RANK > 0:
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"Another process is at work in {args.output_dir}: wait for it, or stop it")
+    except OSError as error:  # as on some network file systems
+        say(f"Warning: no lock in {args.output_dir} ({cause(error)}): start this run once at a time")
+    if (args.output_dir / "summary.json").exists():
+        refuse("Another process has just finished this run: give the same command again to see it")
+    write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
+    return lock
 
 
 def writing(path):
     """Raises Stop where what the block writes to `path` cannot be written."""
-    advice = "make room and give the same command again, or another --output_dir"
-    return trying(f"write {str(path)!r}", advice, code=1)
+    return trying(f"write {str(path)!r}", "make room and give the same command again, or another "
+                  "--output_dir", code=1)
 
 
 @contextmanager
 def written_whole(path):
-    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises Stop."""
-    scratch = path.with_name(f".{path.name}.partial")
+    """Yields a scratch path, which then becomes `path` in one move, never half of it. What processes but
+    the first write to theirs is lost. Raises Stop."""
+    scratch = path.with_name(f".{path.name}.partial") if RANK == 0 else Path(os.devnull)
     with writing(path):
         yield scratch
         if RANK == 0:
@@ -1044,8 +1040,7 @@ def as_json(figures, **form):
 def write_text(path, text):
     """A text file, written whole."""
     with written_whole(path) as scratch:
-        if RANK == 0:
-            scratch.write_text(text, "utf-8")
+        scratch.write_text(text, "utf-8")
 
 
 def save_model(models, folder):
@@ -1073,8 +1068,9 @@ def save_sft(models, args):
 def whole_state(function, *models):
     """Calls a function of torch's distributed checkpoints for whole tensors, on process 0's CPU."""
     from torch.distributed.checkpoint import state_dict  # here, since it takes a second to load
-    strict = "optimizer" not in function  # whose weights without a gradient have no state
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)
+    options = state_dict.StateDictOptions(
+        full_state_dict=True, cpu_offload=True,
+        strict="optimizer" not in function)  # whose weights without a gradient have no state
     return getattr(state_dict, function)(*models, options=options)
 
 
@@ -1087,8 +1083,7 @@ def save_checkpoint(models, path, step):
     if models.reference is not models.start:
         state["reference"] = whole_state("get_model_state_dict", models.reference)
     with written_whole(path) as scratch:
-        if RANK == 0:
-            torch.save(state, scratch)
+        torch.save(state, scratch)
 
 
 def load_checkpoint(models, path):
