@@ -854,8 +854,8 @@ def judge_figures(models, texts, method, args):
     if method.gold:
         chosen, rejected = torch.tensor(golds_of(texts, method.gold))
         right = agreement(lean, chosen - rejected)[chosen != rejected]
-    surer = 0.5 + lean.abs() - labelled
-    return means(judge_accuracy=right, judge_overconfidence=surer) | {"judge_pairs": len(texts)}
+    return means(judge_accuracy=right, judge_overconfidence=0.5 + lean.abs() - labelled) | {
+        "judge_pairs": len(texts)}
 
 
 def agreement(one, two):
@@ -913,7 +913,7 @@ def finish(summary, args):
 
 def show(summary, args):
     """Prints the result of a finished run, and removes what only going on needed."""
-    for name in GOING_ON:
+    for name in "sft.pt .sft.pt.partial metrics.pt .metrics.pt.partial".split():
         if RANK == 0:
             (args.output_dir / name).unlink(missing_ok=True)
     if args.method == "collect":
@@ -962,7 +962,6 @@ def warnings(summary):
 # 14. The folder of a run --------------------------------------------------------------------------
 SHOWN = "respond judge loss strength_mean margin kl".split()  # of a step, on the progress bar
 MAY_CHANGE = "output_dir save_steps micro_batch_size gradient_checkpointing".split()  # of a run
-GOING_ON = "sft.pt .sft.pt.partial metrics.pt .metrics.pt.partial".split()  # which only that needs
 
 
 def check_folder(args):
@@ -995,28 +994,29 @@ def newest_start(args):
 def output_folder(args):
     """Takes the run's folder for this run alone until the file that it returns is closed, as at the end
     of a with block. Raises Stop if another run has it."""
+    folder = args.output_dir
     collected([])  # waits: none may write before all have looked
-    with writing(args.output_dir):
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (args.output_dir / ".lock").open("w")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     if RANK > 0:
         return lock
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        refuse(f"Another process is at work in {args.output_dir}: wait for it, or stop it")
+        refuse(f"Another process is at work in {folder}: wait for it, or stop it")
     except OSError as error:  # as on some network file systems
-        say(f"Warning: no lock in {args.output_dir} ({cause(error)}): start this run once at a time")
-    if (args.output_dir / "summary.json").exists():
+        say(f"Warning: no lock in {folder} ({cause(error)}): start this run once at a time")
+    if (folder / "summary.json").exists():
         refuse("Another process has just finished this run: give the same command again to see it")
-    write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
+    write_text(folder / "arguments.json", json.dumps(vars(args), indent=2, default=str))
     return lock
 
 
 def writing(path):
     """Raises Stop where what the block writes to `path` cannot be written."""
-    return trying(f"write {str(path)!r}", "make room and give the same command again, or another "
-                  "--output_dir", code=1)
+    return trying(f"write {str(path)!r}",
+                  "make room and give the same command again, or another --output_dir", code=1)
 
 
 @contextmanager
@@ -1032,8 +1032,8 @@ def written_whole(path):
 
 def as_json(figures, **form):
     """Figures as JSON. Raises Stop where one is no number."""
-    advice = "start again with a lower learning rate, or without --bf16"
-    with trying("go on with a figure that is no number", advice, code=1):
+    with trying("go on with a figure that is no number",
+                "start again with a lower learning rate, or without --bf16", code=1):
         return json.dumps(figures, allow_nan=False, **form)
 
 
