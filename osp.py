@@ -933,11 +933,11 @@ def report_table(summary, method):
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    return table + "".join(f"Warning: {warning}\n" for warning in warnings(summary))
+    return table + warnings(summary)
 
 
 def warnings(summary):
-    """What is wrong with a run by its figures, and what to try."""
+    """What is wrong with a run by its figures, and what to try: a line each."""
     at = Counter(summary)  # what is missing is 0
     chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
     found = {
@@ -956,7 +956,7 @@ def warnings(summary):
             at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
         "over half of the responses were cut off. Raise --max_new_tokens.":
             at["cut_fraction"] > 0.5}
-    return [warning for warning, holds in found.items() if holds]
+    return "".join(f"Warning: {warning}\n" for warning, holds in found.items() if holds)
 
 
 # 14. The folder of a run --------------------------------------------------------------------------
