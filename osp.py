@@ -617,29 +617,26 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 
 def parse_arguments(argv):
     """The command line as Arguments, checked. Raises RunError."""
-    own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
-    parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
-    source = Path(__file__).read_text("utf-8")
+    own = f"Defaults of the built-in task: {BUILTIN}"
+    parser = transformers.HfArgumentParser(allow_abbrev=False, epilog=own)
+    source, fields = Path(__file__).read_text("utf-8"), Arguments.__dataclass_fields__
     for title, name, text in re.findall(r"^    (?:# -- (.+) --|(\w+): .*  # (.+))", source, re.M):
         if title:
             group = parser.add_argument_group(title)
-        for action in parser._actions:
-            if action.dest == name:
-                action.help = text
-                parser._optionals._group_actions.remove(action)
-                group._group_actions.append(action)
+        elif name in fields:
+            fields[name].metadata = {"help": text}
+            parser._parse_dataclass_field(group, fields[name])
     parser._option_string_actions["--no_sft"].help = "leave out SFT: the model judges as it is"
+    parser._option_string_actions["--method"].choices = METHODS
     parser.print_help = lambda: say(parser.format_help())
     parser.error = refuse
-    if parser.parse_args(argv).model_name_or_path is None:
-        parser.set_defaults(**BUILTIN)
-    args = Arguments(**vars(parser.parse_args(argv)))
+    args = parser.parse_args(argv, Arguments())
+    if args.model_name_or_path is None:
+        args = parser.parse_args(argv, Arguments(**BUILTIN))
     for name, value in vars(args).items():
         bound = f"at least {LEAST[name]}" if name in LEAST else "above 0"
         if type(value) in (int, float) and not LEAST.get(name, 1e-12) <= value < 2**32:
             refuse(f"--{name} is {value}: it must be {bound}, and below 2**32")
-    if args.method not in METHODS:
-        refuse(f"--method is {args.method!r}: it must be one of {', '.join(METHODS)}")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
     model = Path(args.model_name_or_path or "builtin").name
@@ -647,19 +644,20 @@ def parse_arguments(argv):
     return args
 
 
-def main(argv: list[str] | None = None) -> dict:
+def main(argv=None):
     """Starts a run, goes on with it, or shows its result; returns its summary. Raises RunError."""
-    start_process()
     args = parse_arguments(argv)
-    check_folder(args)
     path = args.output_dir / "summary.json"
-    if path.exists():
-        say(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
-        summary = json.loads(path.read_text("utf-8"))
+    try:
+        start_process()
+        check_folder(args)
+        if path.exists():
+            say(f"This run was finished before. To run it anew, remove the folder {args.output_dir}.")
+            summary = json.loads(path.read_text("utf-8"))
+        else:
+            summary = run_method(args)
         show(summary, args)
         return summary
-    try:
-        return run_method(args)
     except KeyboardInterrupt:
         why, code = "interrupted", 130
     except Exception as error:
@@ -671,14 +669,13 @@ def main(argv: list[str] | None = None) -> dict:
 
 def out_of_memory(error):
     """Whether an error says that memory is short. torch has several kinds of them."""
-    return isinstance(error, MemoryError) or re.search("out of memory|allocate memory", str(error))
+    return re.search("MemoryError|out of memory|allocate memory", repr(error))
 
 
 def forecast(model, data, args):
     """What a run is going to take, in a line."""
-    size, of_frozen = sum(weight.numel() for weight in model.parameters()), 2 if args.bf16 else 4
-    memory = size * (4 + 4 + 8 + of_frozen) / 1e9
-    steps = method_steps(data.examples, args)
+    size, steps = model.num_parameters(), method_steps(data.examples, args)
+    memory = size * (18 if args.bf16 else 20) / 1e9  # 4 + 4 + 8 + 2 or 4 bytes a weight
     responses = steps * args.prompts_per_step * args.num_generations
     return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
             f"copy, and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then "
@@ -716,20 +713,17 @@ def trying(what, advice, code=2):
     """Raises RunError where the block fails: the libraries raise a dozen kinds of errors."""
     try:
         yield
-    except RunError:
-        raise
     except Exception as error:
-        if out_of_memory(error):
+        if isinstance(error, RunError) or out_of_memory(error):
             raise
         raise RunError(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
-REPORT = (
-    "gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens cut_fraction "
-    "distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread "
-    "longer_preferred").split()
+REPORT = """gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens
+    cut_fraction distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread
+    longer_preferred""".split()
 
 
 def means(**columns):
@@ -763,19 +757,20 @@ def evaluate(models, rows, before, method, args):
         with inference(role, args.bf16) as model:
             logps.append(response_logps(model, *ids, args.micro_batch_size))
     texts = [(row.prompt, one.text, two.text) for row, one, two in zip(rows, after, before)]
-    p_12, p_21 = verdicts_of_all(method.judge, models, texts, args)
-    golds, wins = golds_of(texts, method.gold), averaged_strength(p_12, p_21).tolist()
+    verdicts = verdicts_of_all(method.judge, models, texts, args)
+    golds, wins = golds_of(texts, method.gold), averaged_strength(*verdicts)
     if method.gold:
-        wins = (1 + np.sign(golds[0] - golds[1])) / 2
+        wins = wins_by_gold(golds)
     elif args.eval_judge_name_or_path:
         model, tokenizer = models.others[args.eval_judge_name_or_path]
         other = Models(tokenizer, judge=model)
-        wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args)).tolist()
-    figures = described(models, after, golds[0]) | verdict_figures(texts, p_12, p_21)
+        wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args))
+    wins = wins.tolist()
+    figures = described(models, after, golds[0]) | verdict_figures(texts, *verdicts)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
     if len(wins) > 1:
-        figures["win_rate_vs_sft_se"] = np.std(wins).item() / math.sqrt(len(wins))
+        figures["win_rate_vs_sft_se"] = pandas.Series(wins).sem(ddof=0)
     return figures | {"examples": texts[:3]}
 
 
@@ -783,6 +778,11 @@ def golds_of(texts, gold):
     """(prompt, response 1, response 2)s -> (2, P) true rewards, or (2, 0) where they are not known."""
     golds = [[gold(prompt, response) for response in responses] for prompt, *responses in texts if gold]
     return np.array(golds).reshape(-1, 2).T
+
+
+def wins_by_gold(golds):
+    """(2, P) true rewards -> (P,): 1 where the first is higher, 0 where it is lower, 1/2 for a tie."""
+    return (1 + np.sign(golds[0] - golds[1])) / 2
 
 
 def verdicts_of_all(judge, models, texts, args):
@@ -796,7 +796,7 @@ def verdict_figures(texts, p_12, p_21):
     Pairs of equal texts say nothing of order, those of equal length nothing of length."""
     lean = averaged_strength(p_12, p_21) - 0.5
     differ = [one != two for _, one, two in texts]
-    longer = torch.tensor([float(len(one) - len(two)) for _, one, two in texts])
+    longer = torch.tensor([len(one) - len(two) for _, one, two in texts])
     return means(order_agreement=agreement(p_12 - 0.5, 0.5 - p_21)[differ],
                  strength_spread=lean.abs(), longer_preferred=agreement(lean, longer)[longer != 0])
 
@@ -805,17 +805,17 @@ def judge_figures(models, texts, method, args):
     """The judge on the data's (prompt, chosen, rejected)s: how often it is right, by the truth if it is
     known, and how much surer it is than right, both by the labels."""
     lean = averaged_strength(*verdicts_of_all(method.judge, models, texts, args)) - 0.5
-    right = labelled = agreement(lean, torch.ones(()))
+    right = labelled = agreement(lean, 1)
     if method.gold:
         chosen, rejected = torch.tensor(golds_of(texts, method.gold))
         right = agreement(lean, chosen - rejected)[chosen != rejected]
-    surer = 0.5 + lean.abs() - labelled
-    return means(judge_accuracy=right, judge_overconfidence=surer) | {"judge_pairs": len(texts)}
+    return means(judge_accuracy=right, judge_overconfidence=0.5 + lean.abs() - labelled) | {
+        "judge_pairs": len(texts)}
 
 
 def agreement(one, two):
     """(P,), (P,) -> (P,): 1 where both have one sign, 0 where not, 1/2 where one is 0."""
-    return (1 + one.sign() * two.sign()) / 2
+    return (1 + (one * two).sign()) / 2
 
 
 def step_figures(models, candidates, pairs, kept, method, args):
@@ -832,45 +832,43 @@ def step_figures(models, candidates, pairs, kept, method, args):
     return figures
 
 
-def draw_curves(lines, path):
-    """The lines of metrics.jsonl -> curves.png."""
+def draw_curves(folder):
+    """metrics.jsonl -> curves.png."""
     from matplotlib.figure import Figure  # here, since it takes a second to load
     names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
     figure = Figure(figsize=(11, 6), layout="constrained")  # pyplot's own would stay open
-    curves = pandas.DataFrame(lines, columns=["step", *names], dtype=float).set_index("step")
+    curves = pandas.read_json(folder / "metrics.jsonl", lines=True)
+    curves = curves.reindex(columns=["step", *names]).astype(float).set_index("step")
     curves.plot(subplots=True, ax=figure.subplots(2, 3), marker=".")
-    with written_whole(path) as scratch:
+    with written_whole(folder / "curves.png") as scratch:
         figure.savefig(scratch, format="png", dpi=110)
 
 
 def report(summary, models, data, method, args):
-    """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
-    with writing(args.output_dir):
-        save_model(models, args.output_dir)
+    """Writes the model, measures what is measured once, and writes summary.json last."""
+    save_model(models, args.output_dir)
     if data.held_out_preferences:
         summary |= judge_figures(models, data.held_out_preferences, method, args)
     if data.ood:
         before = answers(models.start, models, data.ood, args, noise=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
-    lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
-    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples), "steps": len(lines),
-                "seed": args.seed, "self_judged": not (method.gold or args.eval_judge_name_or_path)}
-    if RANK == 0:
-        draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
+    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples),
+                "steps": method_steps(data.examples, args), "seed": args.seed,
+                "self_judged": not (method.gold or args.eval_judge_name_or_path)}
+    draw_curves(args.output_dir)
     finish(summary, args)
     return summary
 
 
 def finish(summary, args):
-    """Writes summary.json, by which a run is finished, and shows it."""
+    """Writes summary.json, by which a run is finished."""
     write_text(args.output_dir / "summary.json", as_json(summary, indent=2) + "\n")
-    show(summary, args)
 
 
 def show(summary, args):
     """Prints the result of a finished run, and removes what only going on needed."""
-    for name in ("sft.pt", ".sft.pt.partial", "metrics.pt", ".metrics.pt.partial"):
+    for name in "sft.pt .sft.pt.partial metrics.pt .metrics.pt.partial".split():
         if RANK == 0:
             (args.output_dir / name).unlink(missing_ok=True)
     if args.method == "collect":
@@ -890,13 +888,12 @@ def report_table(summary, method):
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    return table + "".join(f"Warning: {warning}\n" for warning in warnings(summary))
+    return table + warnings(summary)
 
 
 def warnings(summary):
-    """What is wrong with a run by its figures, and what to try."""
+    """What is wrong with a run by its figures, and what to try: a line each."""
     at = Counter(summary)  # what is missing is 0
-    growth = at["response_tokens"] / max(at["response_tokens_sft"], 1)
     chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
     found = {
         "the judge is no better than chance. Take more SFT, more pairs, or another model.":
@@ -908,17 +905,18 @@ def warnings(summary):
         "the strengths hardly differ from 1/2, so there is little to learn. Take a better judge.":
             at["strength_spread"] < 0.02,
         "responses grow, and the judge prefers the longer ones. Take a better judge, or fewer steps.":
-            at["self_judged"] and growth > 1.2 and at["longer_preferred"] > 2 / 3,
+            at["self_judged"] and at["longer_preferred"] > 2 / 3
+            and at["response_tokens"] > 1.2 * at["response_tokens_sft"],
         "responses have become alike. Raise --beta, or take fewer steps.":
             at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
         "over half of the responses were cut off. Raise --max_new_tokens.":
             at["cut_fraction"] > 0.5}
-    return [warning for warning, holds in found.items() if holds]
+    return "".join(f"Warning: {warning}\n" for warning, holds in found.items() if holds)
 
 
 # 14. The folder of a run --------------------------------------------------------------------------
-SHOWN = ("respond", "judge", "loss", "strength_mean", "margin", "kl")  # of a step, on the progress bar
-MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpointing"}  # of a run
+SHOWN = "respond judge loss strength_mean margin kl".split()  # of a step, on the progress bar
+MAY_CHANGE = "output_dir save_steps micro_batch_size gradient_checkpointing".split()  # of a run
 
 
 def check_folder(args):
@@ -931,8 +929,7 @@ def check_folder(args):
         if changed:
             refuse(f"{folder} holds a run with other arguments ({'; '.join(changed)}): give the same, "
                    "give another --output_dir, or remove the folder")
-    ours = {".lock", ".arguments.json.partial"}
-    if not path.exists() and folder.is_dir() and {one.name for one in folder.iterdir()} - ours:
+    elif any(folder.glob("[!.]*")):  # hidden ones are a run's that began, or the system's
         refuse(f"{folder} holds other files and no run: give another --output_dir")
 
 
@@ -949,39 +946,39 @@ def newest_start(args):
     return str(sft) if sft.exists() else args.model_name_or_path
 
 
-@contextmanager
 def output_folder(args):
-    """Keeps the run's folder for this run alone while the block works. Raises RunError if another has it."""
+    """Takes the run's folder for this run alone until the file that it returns is closed, as at the end
+    of a with block. Raises RunError if another run has it."""
+    folder = args.output_dir
     collected([])  # waits: none may write before all have looked
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = (folder / ".lock").open("w")
     if RANK > 0:
-        yield
-        return
-    with writing(args.output_dir):
-        args.output_dir.mkdir(parents=True, exist_ok=True)
-        lock = (args.output_dir / ".lock").open("w")
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            refuse(f"Another process is at work in {args.output_dir}: wait for it, or stop it")
-        except OSError as error:  # as on some network file systems
-            say(f"Warning: no lock in {args.output_dir} ({cause(error)}): start this run once at a time")
-        if (args.output_dir / "summary.json").exists():
-            refuse("Another process has just finished this run: give the same command again to see it")
-        write_text(args.output_dir / "arguments.json", json.dumps(vars(args), indent=2, default=str))
-        yield
+        return lock
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        refuse(f"Another process is at work in {folder}: wait for it, or stop it")
+    except OSError as error:  # as on some network file systems
+        say(f"Warning: no lock in {folder} ({cause(error)}): start this run once at a time")
+    if (folder / "summary.json").exists():
+        refuse("Another process has just finished this run: give the same command again to see it")
+    write_text(folder / "arguments.json", json.dumps(vars(args), indent=2, default=str))
+    return lock
 
 
 def writing(path):
     """Raises RunError where what the block writes to `path` cannot be written."""
-    advice = "make room and give the same command again, or another --output_dir"
-    return trying(f"write {str(path)!r}", advice, code=1)
+    return trying(f"write {str(path)!r}",
+                  "make room and give the same command again, or another --output_dir", code=1)
 
 
 @contextmanager
 def written_whole(path):
-    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises RunError."""
-    scratch = path.with_name(f".{path.name}.partial")
+    """Yields a scratch path, which then becomes `path` in one move, never half of it. What processes but
+    the first write to theirs is lost. Raises RunError."""
+    scratch = path.with_name(f".{path.name}.partial") if RANK == 0 else Path(os.devnull)
     with writing(path):
         yield scratch
         if RANK == 0:
@@ -990,24 +987,25 @@ def written_whole(path):
 
 def as_json(figures, **form):
     """Figures as JSON. Raises RunError where one is no number."""
-    advice = "start again with a lower learning rate, or without --bf16"
-    with trying("go on with a figure that is no number", advice, code=1):
+    with trying("go on with a figure that is no number",
+                "start again with a lower learning rate, or without --bf16", code=1):
         return json.dumps(figures, allow_nan=False, **form)
 
 
 def write_text(path, text):
     """A text file, written whole."""
     with written_whole(path) as scratch:
-        if RANK == 0:
-            scratch.write_text(text, "utf-8")
+        scratch.write_text(text, "utf-8")
 
 
 def save_model(models, folder):
     """The policy and its tokenizer for plain from_pretrained. All processes must call it."""
     weights = whole_state("get_model_state_dict", models.policy)
-    if RANK == 0:
-        for name in models.policy.all_tied_weights_keys:
-            del weights[name]
+    if RANK > 0:
+        return
+    for name in models.policy.all_tied_weights_keys:
+        del weights[name]
+    with writing(folder):
         models.policy.save_pretrained(folder, state_dict=weights)
         models.tokenizer.save_pretrained(folder)
 
@@ -1025,8 +1023,9 @@ def save_sft(models, args):
 def whole_state(function, *models):
     """Calls a function of torch's distributed checkpoints for whole tensors, on process 0's CPU."""
     from torch.distributed.checkpoint import state_dict  # here, since it takes a second to load
-    strict = "optimizer" not in function  # whose weights without a gradient have no state
-    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)
+    options = state_dict.StateDictOptions(
+        full_state_dict=True, cpu_offload=True,
+        strict="optimizer" not in function)  # whose weights without a gradient have no state
     return getattr(state_dict, function)(*models, options=options)
 
 
@@ -1039,8 +1038,7 @@ def save_checkpoint(models, path, step):
     if models.reference is not models.start:
         state["reference"] = whole_state("get_model_state_dict", models.reference)
     with written_whole(path) as scratch:
-        if RANK == 0:
-            torch.save(state, scratch)
+        torch.save(state, scratch)
 
 
 def load_checkpoint(models, path):
@@ -1085,8 +1083,9 @@ def resumable_steps(name, steps, models, args):
 
     for step in bar:
         yield step, log
-        if (step + 1) % in_steps(args.save_steps, steps) == 0 and step + 1 < steps:
-            save_checkpoint(models, checkpoint, step + 1)
+        done = step + 1
+        if done % in_steps(args.save_steps, steps) == 0 and done < steps:
+            save_checkpoint(models, checkpoint, done)
 
 
 # 15. Several processes ----------------------------------------------------------------------------
@@ -2172,19 +2171,14 @@ def read_answer(pair, count):
 
 if __name__ == "__main__":
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # what a cluster sends is a Ctrl-C too
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # it may be closed
     sys.stdout.reconfigure(errors="replace")  # a letter that cannot be shown must not end a run
     try:
         main()
         if WORLD > 1:
             dist.destroy_process_group()
-        sys.exit()
     except RunError as stop:
-        sentence, code = str(stop), stop.code
-    except KeyboardInterrupt:
-        sentence, code = "interrupted before the run began.", 130
-    if RANK == 0 or code == 1:  # a mistake of the user's shows in all processes
-        say(f"osp: {sentence}", sys.stderr)
-    else:
-        time.sleep(5)  # else torchrun may end the first one before it has spoken
-    sys.exit(code)
+        if RANK == 0 or stop.code == 1:  # a mistake of the user's shows in all processes
+            say(f"osp: {stop}", sys.stderr)
+        else:
+            time.sleep(5)  # else torchrun may end the first one before it has spoken
+        sys.exit(stop.code)

@@ -439,6 +439,20 @@ def test_judge_figures_by_hand(monkeypatch):
     assert found == [approx(surer | {"judge_accuracy": right}) for right in (3.5 / 5, (1 + 1) / 2)]
 
 
+def test_a_win_is_a_higher_true_reward_and_a_tie_is_half_of_one(monkeypatch):
+    gold = {"good": 3, "fair": 2, "bad": 1}
+    after, before = [[Candidate([5, 1], text) for text in texts.split()]
+                     for texts in ("good good fair bad", "fair bad fair fair")]
+    monkeypatch.setattr(osp, "answers", lambda *_, noise: after)
+    unsure = Method(judge=lambda models, prompts, *_: torch.zeros(len(prompts)),
+                    gold=lambda prompt, text: gold[text])
+    rows = [row_of("hi", i, [4]) for i in range(4)]
+    found = osp.evaluate(builtin_models(0, 0), rows, before, unsure, Arguments())
+    wins = {"win_rate_vs_sft": (1 + 1 + 0.5 + 0) / 4, "gold_reward": 9 / 4, "gold_reward_sft": 7 / 4,
+            "win_rate_vs_sft_se": math.sqrt((2 * 0.375**2 + 0.125**2 + 0.625**2) / 4 / 4)}
+    assert {name: found[name] for name in wins} == approx(wins)
+
+
 # Sampling -----------------------------------------------------------------------------------------
 @mark.parametrize("kind, temperature", [(rotary, 2.0), (absolute, 1.0)])
 def test_sampling_follows_the_models_own_distribution_up_to_eos(kind, temperature):
@@ -643,7 +657,8 @@ def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path
 def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
     rows = datasets.Dataset.from_list([{"prompt": f"{i:03}"} for i in range(300)])
     datasets.DatasetDict(train=rows, ood=rows).save_to_disk(tmp_path)
-    assert max(row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood) > "020"
+    prompts = [row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood]
+    assert len(prompts) == 5 and max(prompts) > "020"
 
 
 @mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
@@ -1085,6 +1100,16 @@ def test_a_run_gone_on_with_equals_one_left_alone(tmp_path, finished):
     """TSO's checkpoint holds a reference that has moved."""
     folder = killed(tmp_path, MORE_OF["tso"], osp, "train_step", 6)
     assert same_runs(run(folder, MORE_OF["tso"]), finished["tso"])
+
+
+def test_a_checkpoint_is_written_after_every_save_steps_steps_and_not_after_the_last(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(osp, "save_checkpoint", lambda models, path, step: saved.append(step))
+    for save_steps, expected in ((3, [3, 6]), (0.4, [4, 8])):
+        saved = []
+        args = Arguments(output_dir=tmp_path, save_steps=save_steps)
+        list(osp.resumable_steps("sft", 9, None, args))
+        assert saved == expected
 
 
 def apart(work, *args):
