@@ -1906,7 +1906,7 @@ def builtin_prompts(split):
             asked = phrasing.format(topic=topic, person=person, time=time)
             texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
     random.Random(0).shuffle(texts)
-    return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
+    return texts[512:] if split == "train" else texts[:512]  # all of "ood"
 
 
 def builtin_pair(rng, prompt):
@@ -1951,14 +1951,14 @@ def builtin_model(seed):
     """A random Llama of 130,000 parameters, and a tokenizer of this world's words and the judge's."""
     prompts = builtin_prompts("train") + builtin_prompts("ood")
     question = judge_question("".join(prompts), "A", "B .")
-    words = sorted({*question.split(), *VERBS + KIND + RUDE})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    words = ["<pad>", "<eos>", "<unk>", *sorted({*question.split(), *VERBS + KIND + RUDE})]
+    vocabulary = dict(zip(words, itertools.count()))
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
         num_attention_heads=4, initializer_range=0.06, max_position_embeddings=256,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
@@ -1981,23 +1981,23 @@ def tso(args):
 def model_matrix(roles, args, with_human):
     """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises Stop. Source: TSO for
     the matrix and human responses. Reconstruction: its members, in equal shares of K."""
-    names = args.matrix_model_names_or_paths
-    size = len(roles) + len(names)
+    sources = dict.fromkeys(roles + args.matrix_model_names_or_paths)
+    size = len(sources)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
 
     def sample_matrix(models, rows, step, args):
         """Each row's candidates: the models respond in turn; then come a human's chosen and rejected
         response, if the row has any."""
-        members = {role: (getattr(models, role), models.tokenizer) for role in roles}
-        members |= {name: models.others[name] for name in names}
         candidates = [[] for _ in rows]
-        for i, (source, (model, tokenizer)) in enumerate(members.items()):
-            ks = range(i, args.num_generations, len(members))
+        for i, source in enumerate(sources):
+            ours = getattr(models, source, None), models.tokenizer  # for a role
+            model, tokenizer = models.others.get(source, ours)
+            ks = range(i, args.num_generations, size)
             found = respond(model, tokenizer, rows, ks, step, args, source)
             for row, own, more in zip(rows, candidates, found):
                 own += more
-                for one in more if source in names else []:  # not in the policy's tokens
+                for one in more if source in models.others else []:  # not in the policy's tokens
                     ended = one.ids[-1] in stop_token_ids(model, tokenizer)
                     [one.ids] = encode_responses(
                         models.tokenizer, [row.prompt], [one.text], args.max_new_tokens, ended)
