@@ -66,7 +66,7 @@ Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": 
 Ids = list[int]  # the token ids of one prompt or of one response
 
 
-class Stop(Exception):
+class RunError(Exception):
     """Why a run cannot go on, in one sentence for the user. `code`: 2 before the first step, 1 later."""
     def __init__(self, sentence: str, code: int = 2):
         super().__init__(sentence)
@@ -77,7 +77,7 @@ class Stop(Exception):
 Schedule = Literal["linear", "cosine", "constant", "constant_with_warmup"]
 
 
-@dataclasses.dataclass
+@dataclass
 class MethodArguments:
     """What the method depends on; a comment is the help on its option, in the group named above it.
     BUILTIN (section 12) has the values of the built-in task. Of all these the paper's public text names
@@ -111,7 +111,7 @@ def load_model(name, args, dtype=torch.float32):
     """A causal LM and its tokenizer; no name: the built-in ones. `dtype` is that of its Linear weights;
     all others are fp32. It is trained in eval mode, without dropout, so that at the first step pi_theta
     is pi_SFT; --gradient_checkpointing alone needs the other mode. What the check at load finds stands
-    on the model: shares_prompts, words. Raises Stop."""
+    on the model: shares_prompts, words. Raises RunError."""
     if name is None:
         model, tokenizer = builtin_model(args.seed)
     else:
@@ -132,7 +132,7 @@ def load_model(name, args, dtype=torch.float32):
     return model, tokenizer
 
 
-@dataclasses.dataclass
+@dataclass
 class Models:
     """The models of a run by role. In OSP start, reference and judge are one: the frozen pi_SFT."""
     tokenizer: Any
@@ -140,12 +140,12 @@ class Models:
     start: Any = None  # pi_SFT, with which evaluation compares; it never moves
     reference: Any = None  # of the loss
     judge: Any = None  # of the strengths
-    others: dict = dataclasses.field(default_factory=dict)  # those named by options: (model, tokenizer)s
+    others: dict = field(default_factory=dict)  # those named by options: (model, tokenizer)s
     optimizer: Any = None
     scheduler: Any = None
 
 
-@dataclasses.dataclass
+@dataclass
 class Candidate:
     """A response to a prompt."""
     ids: Ids
@@ -154,7 +154,7 @@ class Candidate:
     score: float = 0.0  # by it the candidates of a prompt are ranked
 
 
-@dataclasses.dataclass
+@dataclass
 class Row:
     """A prompt."""
     prompt: Prompt
@@ -163,7 +163,7 @@ class Row:
     responses: list  # the data's own (chosen, rejected)s, if it has any
 
 
-@dataclasses.dataclass
+@dataclass
 class Pair:
     """Two responses to one prompt, the one that ranks higher first (at K = 2 the one sampled first)."""
     row: Row
@@ -244,7 +244,7 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
 
 def pair_logps(model, pairs, micro_batch_size):
     """P pairs -> (2, P) logps: of the better responses, and of the worse ones."""
-    prompts = [pair.row.ids for pair in pairs] * 2
+    prompts = [pair.example.ids for pair in pairs] * 2
     responses = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
     return response_logps(model, prompts, responses, micro_batch_size).reshape(2, -1)
 
@@ -273,7 +273,7 @@ def supervised_finetune(models, pairs, args):
     """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
     mean over all target tokens."""
     steps = sft_steps(pairs, args)
-    start_training(models, args.sft_learning_rate, steps, args)
+    make_optimizer(models, args.sft_learning_rate, steps, args)
     by_size = sorted(pairs, key=lambda pair: len(pair[1] + pair[2]))
     easy = by_size[: math.ceil(len(pairs) * EASY_ROWS)]
     epoch = math.ceil(len(pairs) / args.sft_batch_size)
@@ -323,7 +323,7 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
         ended |= torch.isin(token[:, 0], stops)
         if ended.all() or len(tokens) == noise.shape[1]:
             break
-        mask = nn.functional.pad(mask, (0, 1), value=1)
+        mask = F.pad(mask, (0, 1), value=1)
         logits = forward(model, token, mask, 1, cache)[:, -1]
     return [ids[:length] for ids, length in zip(torch.cat(tokens, 1).tolist(), lengths.tolist())]
 
@@ -363,7 +363,7 @@ def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
 def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
     """OSP's judge: N questions -> the log-odds (N,) that A is better: the logit of "A" minus that of "B",
     the two verdict tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises
-    Stop if one is no number. Source: the paper for the probability of a verdict."""
+    RunError if one is no number. Source: the paper for the probability of a verdict."""
     _, a, b = verdict_format(models.tokenizer)
     texts = prompts, shown_as_a, shown_as_b
     questions = encode_questions(models.tokenizer, *texts, context_length(models.judge))
@@ -371,7 +371,7 @@ def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
         logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)
     log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])  # (N,)
     if log_odds.isnan().any():
-        raise Stop("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
+        raise RunError("The judge's verdicts are not numbers: its weights or precision are broken.", code=1)
     return log_odds
 
 
@@ -399,7 +399,7 @@ def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: li
 
 def judge_pairs(models, pairs, args, judge):
     """OSP's strengths: what the frozen judge says of each pair. Notes its two verdicts on the pair."""
-    texts = [(pair.row.prompt, pair.better.text, pair.worse.text) for pair in pairs]
+    texts = [(pair.example.prompt, pair.better.text, pair.worse.text) for pair in pairs]
     p_12, p_21 = both_orders(judge, models, *columns(texts), args)
     for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
         pair.verdicts = verdicts
@@ -423,11 +423,11 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
     Reconstruction: the formula, the cross-entropy between the judge's Bernoulli(p) and the policy's
     Bernoulli(sigmoid(h))."""
     h = reward_1 - reward_2
-    return -(strength * nn.functional.logsigmoid(h) + (1 - strength) * nn.functional.logsigmoid(-h))
+    return -(strength * F.logsigmoid(h) + (1 - strength) * F.logsigmoid(-h))
 
 
 # 10. Update: one optimiser step on all parameters -------------------------------------------------
-def start_training(models, learning_rate, steps, args):
+def make_optimizer(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
     weights are fp32 even with --bf16, which would round small updates away. The schedule begins at its
     second rate, since that of a warm-up's first step is 0."""
@@ -450,11 +450,11 @@ def in_steps(value, steps):
 
 def optimizer_step(models, loss, where, args):
     """Clips the gradients that are there, steps, forgets them; returns their norm before clipping.
-    Raises Stop where it, or `loss`, a float for this check alone, is no number."""
+    Raises RunError where it, or `loss`, a float for this check alone, is no number."""
     weights = models.policy.parameters()
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise Stop(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
+        raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was made: "
                    "start again with a lower learning rate.", code=1)
     models.optimizer.step()
     models.scheduler.step()
@@ -542,13 +542,13 @@ def train_step(models, rows, method, step, args):
 
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. Returns the summary."""
-    steps = method_steps(data.rows, args)
-    start_training(models, args.learning_rate, steps, args)
+    steps = method_steps(data.examples, args)
+    make_optimizer(models, args.learning_rate, steps, args)
     before = answers(models.start, models, data.held_out, args, noise=0)  # pi_SFT's, to compare with
     evaluation = None
     for step, log in resumable_steps("metrics", steps, models, args):
-        indices = step_indices(len(data.rows), args.prompts_per_step, step, args.seed)
-        metrics = train_step(models, [data.rows[i] for i in indices], method, step, args)
+        indices = step_indices(len(data.examples), args.prompts_per_step, step, args.seed)
+        metrics = train_step(models, [data.examples[i] for i in indices], method, step, args)
         if (step + 1) % in_steps(args.eval_steps, steps) == 0 or step + 1 == steps:
             evaluation = evaluate(models, data.held_out, before, method, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
@@ -557,7 +557,7 @@ def train(models, data, method, args):
     return report(evaluation, models, data, method, args)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Method:
     """The stages; the defaults are OSP. A variant replaces some, as in Method(loss=...)."""
     sample: Callable = sample_policy  # models, rows, step, args -> candidates of each row
@@ -585,14 +585,14 @@ METHODS = {"osp": osp}  # name -> what makes it from the arguments
 
 
 def run_method(args) -> dict:
-    """The whole run; returns its summary. Raises Stop."""
+    """The whole run; returns its summary. Raises RunError."""
     path = newest_start(args)
     policy, tokenizer = load_model(path, args)
     named = [*args.matrix_model_names_or_paths, args.eval_judge_name_or_path]
     others = {name: frozen(name, args) for name in named if name}
     method = METHODS[args.method](args)
     if not args.dataset_name:
-        method = dataclasses.replace(method, gold=gold_reward)
+        method = replace(method, gold=gold_reward)
     data = load_data([(policy, tokenizer), *others.values()], args)
     note_fingerprints(data, policy, path, args)
     check_folder(args)  # once more, by what was read
@@ -600,8 +600,8 @@ def run_method(args) -> dict:
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args), others=others)
-        if data.sft_pairs and path == args.model_name_or_path:  # else `path` is a pi_SFT
-            supervised_finetune(models, data.sft_pairs, args)
+        if data.preferences and path == args.model_name_or_path:  # else `path` is a pi_SFT
+            supervised_finetune(models, data.preferences, args)
             path = save_sft(models, args)
         models.start, _ = frozen(path, args)  # pi_SFT
         models.judge = models.reference = models.start
@@ -617,7 +617,7 @@ def json_object(text):
     return dict(json.loads(text))
 
 
-@dataclasses.dataclass
+@dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
     # -- data and folder --
@@ -626,7 +626,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: json_object = dataclasses.field(default_factory=dict)  # JSON for the template
+    chat_template_kwargs: json_object = field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     # -- speed and memory --
@@ -640,7 +640,7 @@ class Arguments(MethodArguments):
     num_eval_pairs: int = 512  # held-out pairs that the judge is measured on
     eval_judge_name_or_path: str | None = None  # another model as judge of the win rate
     # -- tso --
-    matrix_model_names_or_paths: list[str] = dataclasses.field(default_factory=list)  # models asked too
+    matrix_model_names_or_paths: list[str] = field(default_factory=list)  # models asked too
     dual_clip: float = 0.2  # a reward has no gradient beyond it, above or below
     label_margin: float = 0.1  # pairs whose strength is nearer to 1/2 are dropped
     reference_steps: int = 50  # steps after which the reference becomes the policy
@@ -661,7 +661,7 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 
 
 def parse_arguments(argv):
-    """The command line as Arguments, checked. Raises Stop."""
+    """The command line as Arguments, checked. Raises RunError."""
     own = f"Defaults of the built-in task: {json.dumps(BUILTIN)}"
     parser = transformers.HfArgumentParser(Arguments, allow_abbrev=False, epilog=own)
     source = Path(__file__).read_text("utf-8")
@@ -693,7 +693,7 @@ def parse_arguments(argv):
 
 
 def main(argv: list[str] | None = None) -> dict:
-    """Starts a run, goes on with it, or shows its result; returns its summary. Raises Stop."""
+    """Starts a run, goes on with it, or shows its result; returns its summary. Raises RunError."""
     start_process()
     args = parse_arguments(argv)
     check_folder(args)
@@ -711,7 +711,7 @@ def main(argv: list[str] | None = None) -> dict:
         if not out_of_memory(error):
             raise
         why, code = "out of memory: give a smaller --micro_batch_size, or --gradient_checkpointing", 1
-    raise Stop(f"{why}; the same command goes on from {newest_step(args)}.", code)
+    raise RunError(f"{why}; the same command goes on from {newest_step(args)}.", code)
 
 
 def out_of_memory(error):
@@ -723,10 +723,10 @@ def forecast(model, data, args):
     """What a run is going to take, in a line."""
     size, of_frozen = sum(weight.numel() for weight in model.parameters()), 2 if args.bf16 else 4
     memory = size * (4 + 4 + 8 + of_frozen) / 1e9
-    steps = method_steps(data.rows, args)
+    steps = method_steps(data.examples, args)
     responses = steps * args.prompts_per_step * args.num_generations
     return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
-            f"copy, and more for activations; {sft_steps(data.sft_pairs, args)} steps of SFT, then "
+            f"copy, and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then "
             f"{steps} steps with {responses} responses")
 
 
@@ -741,8 +741,8 @@ def say(text, file=None):
 
 
 def refuse(sentence):
-    """Raises Stop, for a mistake that shows before the first step."""
-    raise Stop(sentence + ".")
+    """Raises RunError, for a mistake that shows before the first step."""
+    raise RunError(sentence + ".")
 
 
 def cause(error):
@@ -758,15 +758,15 @@ FROM_HUB = "give a name on the Hub (which needs the network), or a "
 
 @contextmanager
 def trying(what, advice, code=2):
-    """Raises Stop where the block fails: the libraries raise a dozen kinds of errors."""
+    """Raises RunError where the block fails: the libraries raise a dozen kinds of errors."""
     try:
         yield
-    except Stop:
+    except RunError:
         raise
     except Exception as error:
         if out_of_memory(error):
             raise
-        raise Stop(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
+        raise RunError(f"Cannot {what} ({cause(error)}): {advice}.", code) from error
 
 
 # 13. Evaluate and report --------------------------------------------------------------------------
@@ -892,14 +892,14 @@ def report(summary, models, data, method, args):
     """Writes the model, measures what is measured once, writes summary.json last, and shows it."""
     with writing(args.output_dir):
         save_model(models, args.output_dir)
-    if data.held_out_pairs:
-        summary |= judge_figures(models, data.held_out_pairs, method, args)
+    if data.held_out_preferences:
+        summary |= judge_figures(models, data.held_out_preferences, method, args)
     if data.ood:
         before = answers(models.start, models, data.ood, args, noise=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
     lines = (args.output_dir / "metrics.jsonl").read_text().splitlines()
-    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.rows), "steps": len(lines),
+    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples), "steps": len(lines),
                 "seed": args.seed, "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     if RANK == 0:
         draw_curves([json.loads(line) for line in lines], args.output_dir / "curves.png")
@@ -967,7 +967,7 @@ MAY_CHANGE = {"output_dir", "save_steps", "micro_batch_size", "gradient_checkpoi
 
 
 def check_folder(args):
-    """Raises Stop unless --output_dir is empty, new, or holds a run with the same arguments and data."""
+    """Raises RunError unless --output_dir is empty, new, or holds a run with the same arguments and data."""
     folder, path = args.output_dir, args.output_dir / "arguments.json"
     if path.exists():
         then = json.loads(path.read_text("utf-8"))
@@ -996,7 +996,7 @@ def newest_start(args):
 
 @contextmanager
 def output_folder(args):
-    """Keeps the run's folder for this run alone while the block works. Raises Stop if another has it."""
+    """Keeps the run's folder for this run alone while the block works. Raises RunError if another has it."""
     collected([])  # waits: none may write before all have looked
     if RANK > 0:
         yield
@@ -1018,14 +1018,14 @@ def output_folder(args):
 
 
 def writing(path):
-    """Raises Stop where what the block writes to `path` cannot be written."""
+    """Raises RunError where what the block writes to `path` cannot be written."""
     advice = "make room and give the same command again, or another --output_dir"
     return trying(f"write {str(path)!r}", advice, code=1)
 
 
 @contextmanager
 def written_whole(path):
-    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises Stop."""
+    """Yields a scratch path, which then becomes `path` in one move, never half of it. Raises RunError."""
     scratch = path.with_name(f".{path.name}.partial")
     with writing(path):
         yield scratch
@@ -1034,7 +1034,7 @@ def written_whole(path):
 
 
 def as_json(figures, **form):
-    """Figures as JSON. Raises Stop where one is no number."""
+    """Figures as JSON. Raises RunError where one is no number."""
     advice = "start again with a lower learning rate, or without --bf16"
     with trying("go on with a figure that is no number", advice, code=1):
         return json.dumps(figures, allow_nan=False, **form)
@@ -1089,7 +1089,7 @@ def save_checkpoint(models, path, step):
 
 
 def load_checkpoint(models, path):
-    """All as it was at the checkpoint; returns the steps done, 0 without one. Raises Stop."""
+    """All as it was at the checkpoint; returns the steps done, 0 without one. Raises RunError."""
     if not path.exists():
         return 0
     with trying(f"read the checkpoint {path}", "remove it, and the same command starts this phase anew"):
@@ -1113,7 +1113,7 @@ def newest_step(args):
 
 def resumable_steps(name, steps, models, args):
     """The steps that are left, each with log(figures), which adds a line to <name>.jsonl and shows some.
-    Every save_steps steps the checkpoint <name>.pt is replaced. Raises Stop."""
+    Every save_steps steps the checkpoint <name>.pt is replaced. Raises RunError."""
     checkpoint, lines = args.output_dir / f"{name}.pt", args.output_dir / f"{name}.jsonl"
     done = load_checkpoint(models, checkpoint)
     before = lines.read_text().splitlines(keepends=True) if lines.exists() else []
@@ -1178,7 +1178,7 @@ def in_parallel(stage, models, rows, *more):
 def micro_batches(model, items, size, args):
     """Yields this process's parts of at most `size` items, and the weight of their losses. FSDP averages
     the gradients of processes where the loss wants their sum, hence WORLD. All processes make equally
-    many passes: one that has fewer parts repeats one with weight 0. Raises Stop where processes
+    many passes: one that has fewer parts repeats one with weight 0. Raises RunError where processes
     use different parameters, which FSDP would mix up."""
     parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
     model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
@@ -1186,7 +1186,7 @@ def micro_batches(model, items, size, args):
         yield parts[i % len(parts)], float(WORLD * (i < len(parts)))
     used = [weight.grad is not None for weight in model.parameters()]
     if any(others != used for others in collected([used])):
-        raise Stop("The processes use different parameters, such as experts: take one process.", code=1)
+        raise RunError("The processes use different parameters, such as experts: take one process.", code=1)
 
 
 def joined(seen):
@@ -1213,7 +1213,7 @@ def placed(model, args):
 
 
 def frozen(name, args):
-    """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises Stop."""
+    """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises RunError."""
     model, tokenizer = load_model(name, args, torch.bfloat16 if args.bf16 else torch.float32)
     return placed(model.requires_grad_(False), args), tokenizer
 
@@ -1250,7 +1250,7 @@ SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fi
 
 
 def check_files(name, trust):
-    """Raises Stop where the files hold something else than the weights of a model to train."""
+    """Raises RunError where the files hold something else than the weights of a model to train."""
     if find_adapter_config_file(name):
         refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, and give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
@@ -1260,7 +1260,7 @@ def check_files(name, trust):
 
 
 def check_tokenizer(model, tokenizer, args):
-    """Makes a tokenizer a function of the text alone; raises Stop unless it fits the model."""
+    """Makes a tokenizer a function of the text alone; raises RunError unless it fits the model."""
     name, embedded = model.name_or_path, model.get_input_embeddings().num_embeddings
     if tokenizer.eos_token_id is None:
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
@@ -1282,7 +1282,7 @@ def check_tokenizer(model, tokenizer, args):
 
 
 def check_weights(model, keys):
-    """Raises Stop unless the model's weights are all there, are numbers, and are all that the file has
+    """Raises RunError unless the model's weights are all there, are numbers, and are all that the file has
     of their modules. `keys` are those that from_pretrained missed or did not read."""
     name, unread = model.name_or_path, sorted(keys["unexpected_keys"])
     if keys["missing_keys"]:
@@ -1310,7 +1310,7 @@ def shares_prompts(model):
 
 def check_passes(model, training, ways=(True, False)):
     """Compares the program's passes with plain ones of single sequences. Where prompts cannot be shared,
-    as with recurrent layers, sharing is given up. Raises Stop if that does not help."""
+    as with recurrent layers, sharing is given up. Raises RunError if that does not help."""
     for model.shares_prompts in ways:
         try:
             gaps, close = passes_differ(model.train(training))
@@ -1340,7 +1340,7 @@ def passes_differ(model):
     cache, logits, mask = prefill(model, prompts)
     steps = [logits]
     for token in tokens.T[:-1]:
-        mask = nn.functional.pad(mask, (0, 1), value=1)
+        mask = F.pad(mask, (0, 1), value=1)
         steps.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
     model.eval()
     plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
@@ -1530,7 +1530,7 @@ def split_at_answer(tokenizer, messages):
     raise ValueError(min(reasons, key=lambda one: one[0])[1])
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def control_tokens(tokenizer):
     """A pattern of the control tokens: those flagged special, and those that the chat template writes
     into any conversation. Tokens of blanks and of plain words are none."""
@@ -1598,9 +1598,9 @@ def encode_responses(tokenizer, prompts, responses, limit, ended=True):
     return rows
 
 
-@functools.lru_cache(maxsize=4)
+@functools.cache
 def verdict_format(tokenizer):
-    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises Stop. A
+    """What ends the judge's question, and the ids of the verdicts A and B after it. Raises RunError. A
     letter encoded by itself may get another id, so both are read off the end of a whole question: after
     what stands before every answer ("Better: A"), or on a new line. Each must add one token to it."""
     for end in ("", "\n"):
@@ -1609,7 +1609,7 @@ def verdict_format(tokenizer):
         head, with_a, with_b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
         if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
             return end, with_a[-1], with_b[-1]
-    raise Stop("This tokenizer never makes one token each of the verdicts A and B after the judge's "
+    raise RunError("This tokenizer never makes one token each of the verdicts A and B after the judge's "
                "question: change the end of JUDGE_FRAME in osp.py.")
 
 
@@ -1629,7 +1629,7 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 # 18. Data -----------------------------------------------------------------------------------------
 # What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
 # prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
-Data = namedtuple("Data", "sft_pairs rows held_out held_out_pairs ood")
+Data = namedtuple("Data", "preferences examples held_out held_out_preferences ood")
 FORMATS = """\
 info summaries choice
 prompt system chosen rejected
@@ -1646,7 +1646,7 @@ chosen rejected""".splitlines()  # the columns that are read
 def load_data(readers, args):
     """The Data of this run: rows that all these (model, tokenizer)s can read. The first is the policy's.
     All splits are drawn from by the seed: their order may mean something. Without one to measure on, a
-    tenth of the prompts is held out, at most num_eval_prompts. Raises Stop."""
+    tenth of the prompts is held out, at most num_eval_prompts. Raises RunError."""
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
@@ -1707,7 +1707,7 @@ def why_unfit(prompt, *responses, readers, new_tokens):
 
 def usable_rows(raws, unfit, name, wanted=-1):
     """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
-    what is dropped. Raises Stop."""
+    what is dropped. Raises RunError."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
     unread = ", ".join(raws.remove_columns(used).column_names)
@@ -1737,7 +1737,7 @@ def distinct_prompts(tokenizer, rows, most):
     for prompt, *responses in rows:
         key = transcript(prompt)
         if key not in found and len(found) < most:
-            found[key] = Row(prompt, *encode_prompts(tokenizer, [prompt]), len(found), [])
+            found[key] = Example(prompt, *encode_prompts(tokenizer, [prompt]), len(found), [])
         if key in found and responses:
             found[key].responses.append(responses)
     return list(found.values())
@@ -1745,7 +1745,7 @@ def distinct_prompts(tokenizer, rows, most):
 
 def read_dataset(name, config=None, data_dir=None):
     """The raw splits, by whichever loader of `datasets` fits the name. What is read from files lies in a
-    folder that goes once it is open. Raises Stop."""
+    folder that goes once it is open. Raises RunError."""
     if name is None:
         return builtin_preferences()
     path, place, files = Path(name), os.path.abspath(name), None
@@ -1774,7 +1774,7 @@ def read_dataset(name, config=None, data_dir=None):
 
 
 def columns_read(names):
-    """The columns of the first of FORMATS that a split has. Raises Stop if it has none."""
+    """The columns of the first of FORMATS that a split has. Raises RunError if it has none."""
     for one in FORMATS:
         if set(one.split()) <= set(names):
             return one.split()
@@ -1979,7 +1979,7 @@ def tso(args):
 
 
 def model_matrix(roles, args, with_human):
-    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises Stop. Source: TSO for
+    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError. Source: TSO for
     the matrix and human responses. Reconstruction: its members, in equal shares of K."""
     sources = dict.fromkeys(roles + args.matrix_model_names_or_paths)
     size = len(sources)
@@ -2027,7 +2027,7 @@ def dual_clip_loss(reward_1, reward_2, strength, clip):
     Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source:
     TSO for a dual clip reward. Reconstruction: the formula."""
     winner, loser = winner_and_loser(reward_1, reward_2, strength)
-    return -nn.functional.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
+    return -F.logsigmoid(winner.clamp(max=clip) - loser.clamp(min=-clip))
 
 
 def winner_and_loser(reward_1, reward_2, label):
@@ -2065,7 +2065,7 @@ METHODS |= {"tso": tso, "collect": collecting}
 def collect(models, data, method, args):
     """Prompts, responses, filter, labels: each saves human labour in the next. Writes preferences.jsonl;
     returns what each step left. Source: the paper for the steps. Reconstruction: how."""
-    candidates, pairs = make_pairs(models, data.rows, method, 0, args)
+    candidates, pairs = make_pairs(models, data.examples, method, 0, args)
     kept = widest_spreads(candidates, args.keep_prompts)
     questions, counts = worth_asking(sum([pairs[i] for i in kept], []), args)
     if not questions:
@@ -2100,8 +2100,8 @@ def worth_asking(pairs, args):
         pairs = [pair for pair in pairs if fits(pair)]
         counts[name] = len(pairs)
     for pair in sorted(pairs, key=alike):
-        rounds[turns[pair.row.index]].append(pair)
-        turns[pair.row.index] += 1
+        rounds[turns[pair.example.index]].append(pair)
+        turns[pair.example.index] += 1
     questions = sum(rounds[: args.pairs_per_prompt], [])  # first one of each prompt
     return questions, counts | {"questions": len(questions)}
 
@@ -2130,7 +2130,7 @@ def ask_human(questions, args):
         if args.dataset_name:
             answer = read_answer(pair, f"{labels} of {args.num_labels}")
         else:
-            p = true_strength(pair.row.prompt, pair.better.text, pair.worse.text)
+            p = true_strength(pair.example.prompt, pair.better.text, pair.worse.text)
             answer = "1" if np.random.default_rng((args.seed, i)).random() < p else "2"
         labels += answer != "s"
         text += json.dumps(preference(pair, answer)) + "\n"
@@ -2145,19 +2145,19 @@ def preference(pair, answer):
         chosen, rejected, strength = rejected, chosen, 1 - strength
     if answer == "s":
         chosen = rejected = strength = None
-    return {"prompt": pair.row.prompt, "chosen": chosen, "rejected": rejected, "strength": strength}
+    return {"prompt": pair.example.prompt, "chosen": chosen, "rejected": rejected, "strength": strength}
 
 
 def read_answer(pair, count):
-    """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises Stop."""
-    say(f"\n[{count}] {transcript(pair.row.prompt)}\n\n1: {pair.better.text}\n\n"
+    """Shows a question, and returns the key. The end of the input and Ctrl-C stop. Raises RunError."""
+    say(f"\n[{count}] {transcript(pair.example.prompt)}\n\n1: {pair.better.text}\n\n"
         f"2: {pair.worse.text}\n")
     answer = ""
     while answer not in ("1", "2", "s"):
         try:
             answer = input("better: 1 or 2; s: skip; end of input (Ctrl-D): stop > ").strip()
         except (EOFError, KeyboardInterrupt):
-            raise Stop("All answers are in preferences.jsonl; the same command goes on there.", code=0)
+            raise RunError("All answers are in preferences.jsonl; the same command goes on there.", code=0)
     return answer
 
 
@@ -2169,7 +2169,7 @@ if __name__ == "__main__":
         if WORLD > 1:
             dist.destroy_process_group()
         sys.exit()
-    except Stop as stop:
+    except RunError as stop:
         sentence, code = str(stop), stop.code
     except KeyboardInterrupt:
         sentence, code = "interrupted before the run began.", 130

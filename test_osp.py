@@ -117,7 +117,7 @@ def arguments(words=""):
 
 
 def row_of(prompt="hi", index=0, ids=()):
-    return osp.Row(prompt, ids, index, [])
+    return osp.Example(prompt, ids, index, [])
 
 
 def pair_of(one, two, strength=None, row=row_of(), **more):
@@ -184,7 +184,7 @@ def quick_runs():
 @contextmanager
 def stopped(sentence, code=2):
     """The block must end in one sentence."""
-    with pytest.raises(osp.Stop, match=sentence) as stop:
+    with pytest.raises(osp.RunError, match=sentence) as stop:
         yield
     assert (stop.value.code, "\n" in str(stop.value)) == (code, False)
 
@@ -311,7 +311,7 @@ def rates_of(name, warmup_steps, steps=20):
     """The learning rates of a schedule with peak 1."""
     models, found = Models(None, torch.nn.Linear(2, 1)), []
     args = Arguments(lr_scheduler_type=name, warmup_steps=warmup_steps)
-    osp.start_training(models, 1.0, steps, args)
+    osp.make_optimizer(models, 1.0, steps, args)
     for _ in range(steps):
         found += models.scheduler.get_last_lr()
         models.optimizer.step()
@@ -342,7 +342,7 @@ def test_a_planted_preference_improves():
 
     args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0, 0)
     rows = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
-    osp.start_training(models, 5e-3, 20, args)
+    osp.make_optimizer(models, 5e-3, 20, args)
     for step in range(20):
         osp.train_step(models, rows, Method(judge=judge), step, args)
     [found] = osp.sample_policy(models, rows, 20, args)
@@ -618,11 +618,11 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
     data = data_of(write_lines(tmp_path / "many.jsonl", rows), """--sft_max_steps 5 --sft_batch_size 8
         --num_train_prompts 20 --num_eval_prompts 9 --num_eval_pairs 10""")
     assert osp.parse_row.call_count <= 2000
-    assert (len(data.rows), len(data.held_out)) == (20, 9)
-    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in (data[0], data.held_out_pairs)]
+    assert (len(data.examples), len(data.held_out)) == (20, 9)
+    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in (data[0], data.held_out_preferences)]
     assert 60 < len(trained) <= 80
     assert not trained & held_out
-    assert {row.prompt for row in data.rows} <= trained
+    assert {row.prompt for row in data.examples} <= trained
     assert {row.prompt for row in data.held_out} <= held_out
 
 
@@ -645,7 +645,7 @@ def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
     own, held_out = [datasets.Dataset.from_list([FORMATS[name][0]]) for name in (train, test)]
     datasets.DatasetDict(train=own, test=held_out).save_to_disk(tmp_path)
     data = data_of(tmp_path)
-    assert [bool(data.sft_pairs), bool(data.held_out_pairs)] == [train == "hh", test == "hh"]
+    assert [bool(data.preferences), bool(data.held_out_preferences)] == [train == "hh", test == "hh"]
 
 
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
@@ -655,7 +655,7 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     rows = [{"prompt": prompt, "question": "q", "chosen": "c"}
             for prompt in [[SYSTEM, *chat("hi")], *prompts]]
     data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
-    assert {row.prompt[0]["content"] for row in data.rows + data.held_out} == {"hi", "<|endoftext|>"}
+    assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
     for words in ("prompt; not read: question, chosen", "1 dropped: the chat template refuses it",
                   "1 dropped: too long", "no pairs, so no SFT", "1 rows spell special tokens"):
@@ -1759,7 +1759,7 @@ def optimizer_vectors():
     given, args = GIVEN["adamw"], Arguments(lr_scheduler_type="constant")
     weight, norms, parameters = torch.nn.Parameter(torch.tensor(given["start"])), [], []
     models = Models(None, torch.nn.ParameterList([weight]))
-    osp.start_training(models, given["learning_rate"], 3, args)
+    osp.make_optimizer(models, given["learning_rate"], 3, args)
     for gradient in given["gradients"]:
         weight.grad = torch.tensor(gradient)
         norms.append(osp.optimizer_step(models, 0.0, "", args))
@@ -1839,7 +1839,7 @@ def step_vectors(kind, method, own):
     """Steps of a method with given responses: its stages, but for `sample`, and what they leave."""
     found = GIVEN["arguments"] | own
     args, models = Arguments(**found), vector_models(kind)
-    osp.start_training(models, args.learning_rate, 4, args)
+    osp.make_optimizer(models, args.learning_rate, 4, args)
     models.optimizer.zero_grad = mock.Mock()  # gradients stay to be read
     for step, samples in enumerate(GIVEN["samples"]):
         models.policy.zero_grad()
@@ -1852,7 +1852,7 @@ def step_vectors(kind, method, own):
             "prompt_ids": [row.ids for row in rows],
             "responses": [[one.ids for one in row] for row in candidates],
             "scores": [[one.score for one in row] for row in candidates],
-            "pairs": [[pair.row.index, pair.better.source, pair.worse.source] for pair in pairs],
+            "pairs": [[pair.example.index, pair.better.source, pair.worse.source] for pair in pairs],
             "losses": [pair.before_update[0] for pair in pairs],
             "rewards": [pair.before_update[1:3] for pair in pairs]}
         for name in ("verdicts", "strength", "ref_logps"):
@@ -2122,7 +2122,7 @@ def noisy_labels(models, pairs, args, judge, noise, drawn):
     for pair, p in zip(pairs, osp.judge_pairs(models, pairs, args, judge)):
         p = (1 - noise) * p + noise * (1 - p)
         if drawn:
-            key = (args.seed, pair.row.index, *pair.better.ids, *pair.worse.ids)
+            key = (args.seed, pair.example.index, *pair.better.ids, *pair.worse.ids)
             p = float(np.random.default_rng(key).random() < p)
         labels.append(p)
     return labels
@@ -2186,7 +2186,7 @@ def variant_world():
     """Three random models, six prompts and arguments, to try a variant on."""
     args = arguments("--num_generations 6 --warmup_steps 0 --label_margin 1e-6")
     models = builtin_models(0, 1, 2)
-    osp.start_training(models, 1e-3, 10, args)
+    osp.make_optimizer(models, 1e-3, 10, args)
     return models, osp.distinct_prompts(models.tokenizer, builtin_pairs("train"), 6), args
 
 
@@ -2259,7 +2259,7 @@ def bench_step(K, bf16):
         if bf16:
             osp.in_bf16(model, dtype)
     models = Models(tokenizer, policy, start, reference=start, judge=start)
-    osp.start_training(models, 1e-4, 100, args)
+    osp.make_optimizer(models, 1e-4, 100, args)
     texts = np.random.default_rng(0).choice(BENCH_WORDS, (8, 32))
     rows = osp.distinct_prompts(tokenizer, [(" ".join(text),) for text in texts], 8)
     with FlopCounterMode(display=False) as counter:
@@ -2419,7 +2419,7 @@ def finish_run(name, seed, more):
                               capture_output=True, text=True, env={"OMP_NUM_THREADS": "1"} | os.environ)
         if done.returncode:
             reason = (done.stderr or "killed").splitlines()[-1]
-            raise osp.Stop(f"{folder} is not finished: {reason}", code=1)
+            raise osp.RunError(f"{folder} is not finished: {reason}", code=1)
         print(f"{folder} is finished", flush=True)
 
 
@@ -2657,7 +2657,7 @@ if __name__ == "__main__":
     osp.METHODS |= VARIANTS
     try:
         COMMANDS[sys.argv[1]](*sys.argv[2:])
-    except osp.Stop as stop:
+    except osp.RunError as stop:
         sys.exit(f"osp: {stop}")
     except KeyboardInterrupt:
         sys.exit("osp: interrupted; the same command goes on from the last checkpoints.")
