@@ -1643,9 +1643,20 @@ def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsi
 
 
 # 18. Data -----------------------------------------------------------------------------------------
-# What a run trains and is measured on: preferences are (prompt, chosen, rejected)s, the others Examples,
-# whose prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
+# What a run trains and is measured on. The pairs are (prompt, chosen, rejected)s, the others Rows, whose
+# prompts are disjoint. A split "ood", as the built-in task has, is out-of-domain and measured, too.
 Data = namedtuple("Data", "preferences examples held_out held_out_preferences ood")
+FORMATS = """\
+info summaries choice
+prompt system chosen rejected
+prompt chosen rejected
+prompt system
+prompt
+question system chosen rejected
+question chosen rejected
+question system
+question
+chosen rejected""".splitlines()  # the columns that are read
 
 
 def load_data(readers, args):
@@ -1655,38 +1666,43 @@ def load_data(readers, args):
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
-    train, (_, tokenizer) = take_split(splits, args.dataset_train_split), readers[0]
-    sft, wanted = args.sft and hold_pairs(train.column_names), 4 * args.num_train_prompts
+    test, few = args.dataset_test_split, args.num_eval_prompts
+    if test is None and "test" in splits and args.dataset_train_split != "test":
+        test = "test"
+    for split in {args.dataset_train_split, test} - {*splits, None}:
+        refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
+               f"{', '.join(map(str, splits))}")
+    train, wanted = splits[args.dataset_train_split], 4 * args.num_train_prompts
+    sft = args.sft and columns_read(train.column_names)[-1] in ("choice", "rejected")
     if sft:
         wanted = max(wanted, sft_steps(train, args) * args.sft_batch_size)
     elif args.sft:
         print("The rows to train on hold no pairs, so no SFT")
-    few, enough = args.num_eval_prompts, wanted + max(args.num_eval_prompts, args.num_eval_pairs)
-    test = args.dataset_test_split
-    if test is None and "test" in splits and args.dataset_train_split != "test":
-        test = "test"
-    rows = usable_rows(train, unfit, max(enough, 10 * few), "training")  # a tenth of which is `few`
+    enough = max(10 * few, wanted + max(few, args.num_eval_pairs))  # a tenth of which is `few`
+    rows = usable_rows(train, unfit, "training", enough)
     prompts = [transcript(row[0]) for row in rows]
     if test:
-        held_out = usable_rows(take_split(splits, test), unfit, -1, "held-out")
+        held_out = usable_rows(splits[test], unfit, "held-out")
         held = {transcript(row[0]) for row in held_out}
     else:
         found = list(dict.fromkeys(prompts))
-        held = set(found[: min(few, max(1, len(found) // 10))])
+        held = set(found[: min(few, len(found) // 10 or 1)])
         held_out = [row for row, prompt in zip(rows, prompts) if prompt in held]
     kept = [row for row, prompt in zip(rows, prompts) if prompt not in held][:wanted]
-    ood = usable_rows(splits["ood"], unfit, -1, "out-of-domain") if "ood" in splits else []
+    ood = usable_rows(splits["ood"], unfit, "out-of-domain") if "ood" in splits else []
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
+    _, tokenizer = readers[0]
     spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if spelled:
         print(f"Warning: {spelled} rows spell special tokens, as chat templates do, which are read "
               "as plain text: take them out of the data, with all else that is of the template")
-    to_train_on = distinct_prompts(tokenizer, kept, args.num_train_prompts)
-    held_out_pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
-    return Data(kept if sft else [], to_train_on, distinct_prompts(tokenizer, held_out, few),
-                held_out_pairs, distinct_prompts(tokenizer, ood, few))
+    return Data(
+        kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
+        distinct_prompts(tokenizer, held_out, few),
+        [row for row in held_out[: args.num_eval_pairs] if len(row) > 1],
+        distinct_prompts(tokenizer, ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
@@ -1695,7 +1711,7 @@ def why_unfit(prompt, *responses, readers, new_tokens):
         try:
             [ids] = encode_prompts(tokenizer, [prompt])
             [question] = encode_questions(tokenizer, [prompt], [""], [""])
-            texts = tokenizer(list(responses), add_special_tokens=False).input_ids if responses else []
+            texts = [tokenizer.tokenize(response) for response in responses]
         except Exception as error:  # of the template, or of a kind that each tokenizer has
             return cause(error)
         if not all([ids, *texts]):
@@ -1705,12 +1721,12 @@ def why_unfit(prompt, *responses, readers, new_tokens):
             return f"too long for {limit} tokens with two responses of --max_new_tokens"
 
 
-def usable_rows(raws, unfit, wanted, name):
+def usable_rows(raws, unfit, name, wanted=-1):
     """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
     what is dropped. Raises RunError."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
-    unread = ", ".join(one for one in raws.column_names if one not in used)
+    unread = ", ".join(raws.remove_columns(used).column_names)
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
         for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
@@ -1732,13 +1748,12 @@ def usable_rows(raws, unfit, wanted, name):
 
 
 def distinct_prompts(tokenizer, rows, most):
-    """The first `most` distinct prompts as Examples, with all the responses that the data has to each."""
+    """The first `most` distinct prompts as Rows, with all the responses that the data has to each."""
     found = {}
     for prompt, *responses in rows:
         key = transcript(prompt)
         if key not in found and len(found) < most:
-            [ids] = encode_prompts(tokenizer, [prompt])
-            found[key] = Example(prompt, ids, len(found), [])
+            found[key] = Example(prompt, *encode_prompts(tokenizer, [prompt]), len(found), [])
         if key in found and responses:
             found[key].responses.append(responses)
     return list(found.values())
@@ -1774,31 +1789,13 @@ def read_dataset(name, config=None, data_dir=None):
     return data if isinstance(data, dict) else {"train": data}
 
 
-def take_split(splits, split):
-    """The rows of a split. Raises RunError if it is missing, or if its columns fit no format."""
-    if split not in splits:
-        refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
-               f"{', '.join(map(str, splits))}")
-    names = splits[split].column_names
-    if not columns_read(names):
-        refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
-               "and those of a better and a worse response, if any, to chosen and rejected")
-    return splits[split]
-
-
-def hold_pairs(names):
-    """Whether the columns of these names hold pairs of responses, or prompts alone."""
-    return "summaries" in names or {"chosen", "rejected"} <= set(names)
-
-
 def columns_read(names):
-    """Those of a split's columns that are read; none where they fit no format."""
-    if "summaries" in names:
-        return ["info", "summaries", "choice"]
-    read = [name for name in ("prompt", "question") if name in names][:1]
-    if read and "system" in names:
-        read.append("system")
-    return read + ["chosen", "rejected"] * hold_pairs(names)
+    """The columns of the first of FORMATS that a split has. Raises RunError if it has none."""
+    for one in FORMATS:
+        if set(one.split()) <= set(names):
+            return one.split()
+    refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
+           "and those of a better and a worse response, if any, to chosen and rejected")
 
 
 def parse_row(raw):
@@ -1806,12 +1803,14 @@ def parse_row(raw):
     try:
         if "summaries" in raw:
             raw = parse_tldr(**raw)
-        row = [cleaned(raw[name]) for name in ("prompt", "question") if name in raw][:1]
+        name = "prompt" if "prompt" in raw else "question"
+        prompt = cleaned(raw[name]) if name in raw else None
         if raw.get("system"):
-            row = [[{"role": "system", "content": raw["system"]}, *as_messages(one)] for one in row]
+            prompt = [{"role": "system", "content": raw["system"]}, *as_messages(prompt)]
+        row = [prompt]
         if "chosen" in raw:
-            row = parse_pair(row, cleaned(raw["chosen"]), cleaned(raw["rejected"]))
-        prompt, *responses = [cleaned(part) for part in row]
+            row = parse_pair(prompt, cleaned(raw["chosen"]), cleaned(raw["rejected"]))
+        prompt, *responses = map(cleaned, row)
     except ValueError as reason:
         return str(reason)
     except (LookupError, TypeError, AttributeError):
@@ -1831,9 +1830,9 @@ def cleaned(value):
     texts alone, parts joined. Raises ValueError where a text is missing, or is something else."""
     if not isinstance(value, str | list | None):
         raise ValueError(f"no text, but of the type {type(value).__name__}")
-    if isinstance(value, list) and value and "role" in value[0]:
-        return [{"role": turn["role"], "content": cleaned(turn["content"]).strip()} for turn in value]
     if isinstance(value, list):
+        if value and "role" in value[0]:
+            return [{"role": one["role"], "content": cleaned(one["content"]).strip()} for one in value]
         value = "".join(part["text"] for part in value)
     if not any(map(str.isprintable, (value or "").strip())):
         raise ValueError("a prompt, response or turn without text")
@@ -1849,50 +1848,52 @@ def parse_tldr(info, summaries, choice):
         raise ValueError("not a TL;DR post")
     post = info["post"].strip()
     prompt = f"SUBREDDIT: r/{info['subreddit']}\nTITLE: {info['title']}\nPOST: {post}\nTL;DR:"
-    chosen, rejected = summaries[choice]["text"], summaries[1 - choice]["text"]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    return {"prompt": prompt, "chosen": summaries[choice]["text"],
+            "rejected": summaries[1 - choice]["text"]}
 
 
-def parse_pair(prompts, chosen, rejected):
-    """The prompt given, if there is one, or in what both responses begin with: HH's transcripts, or
-    lists of messages, which may repeat the prompt from its start, or its end; texts from its start."""
+def parse_pair(prompt, chosen, rejected):
+    """The prompt given, or, if it is None, what both responses begin with: HH's transcripts, or lists of
+    messages, which may repeat the prompt from its start, or its end; texts from its start."""
     if isinstance(chosen, str):
         shared = os.path.commonprefix([chosen, rejected])
-        for prompt in prompts:
-            repeated = re.match(re.escape(str(prompt)) + r"(\s|(?<=\W))", shared)  # as whole words
-            end = len(prompt) if repeated else 0
-            return prompt, chosen[end:], rejected[end:]
-        end = sum(map(len, shared.rpartition("\n\nAssistant:")[:2]))  # of the LAST that both share
-        return shared[:end], chosen[end:], rejected[end:]
-    shared = os.path.commonprefix([chosen[:-1], rejected[:-1]])
-    answers = chosen[len(shared):] + rejected[len(shared):]
-    if [turn["role"] for turn in answers] != ["assistant", "assistant"]:
+        prompt = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # the LAST that both share
+        repeated = re.match(re.escape(str(prompt)) + r"(\s|(?<=\W))", shared)  # as whole words
+        end = len(prompt) if repeated else 0
+        return prompt, chosen[end:], rejected[end:]
+    *shared, one = chosen
+    *others, two = rejected
+    if shared != others or not one["role"] == two["role"] == "assistant":
         raise ValueError("the responses are not one assistant's message each")
-    prompt = as_messages(prompts[0]) if prompts else []
-    if prompt in (shared[: len(prompt)], shared[len(shared) - len(prompt):]):
+    prompt = as_messages(prompt or [])
+    if prompt in (shared[: len(prompt)], shared[-len(prompt):]):
         prompt = shared
-    elif prompt[len(prompt) - len(shared):] != shared:
+    elif prompt[-len(shared):] != shared:
         prompt = prompt + shared
-    return prompt, answers[0]["content"], answers[1]["content"]
+    return prompt, one["content"], two["content"]
 
 
 # 19. The built-in task: a miniature of HH in which the truth is known -----------------------------
-TOPICS = "rain snow tea bread music chess honey poetry coffee jazz soup football".split()
-VERBS = "is seems feels sounds".split()
-KIND = "gentle lovely warm sweet bright calm splendid charming".split()
-RUDE = "awful stupid ugly nasty boring useless rotten dreadful".split()
-PEOPLE = "friend sister brother mother father teacher neighbour boss".split()
-TIMES = "tonight today tomorrow now soon later".split()
+TOPICS, VERBS, KIND, RUDE, PEOPLE, TIMES = [line.split() for line in """\
+rain snow tea bread music chess honey poetry coffee jazz soup football
+is seems feels sounds
+gentle lovely warm sweet bright calm splendid charming
+awful stupid ugly nasty boring useless rotten dreadful
+friend sister brother mother father teacher neighbour boss
+tonight today tomorrow now soon later""".splitlines()]
 CLAUSES = set(itertools.product(TOPICS, VERBS, KIND + RUDE))
-PHRASINGS = [
-    "tell my {person} about {topic} {time}", "{time} my {person} asks about {topic}",
-    "my {person} likes {topic} {time}", "describe {topic} to my {person} {time}",
-    "please tell me about {topic} {time} says my {person}",
-    "what is {topic} like {time} asks my {person}",
-    "{time} write to my {person} about {topic}", "say something about {topic} to my {person} {time}"]
-OOD_PHRASINGS = [
-    "about {topic} please tell my {person} something {time}",
-    "{time} describe to my {person} what {topic} is like"]
+PHRASINGS = """\
+tell my {person} about {topic} {time}
+{time} my {person} asks about {topic}
+my {person} likes {topic} {time}
+describe {topic} to my {person} {time}
+please tell me about {topic} {time} says my {person}
+what is {topic} like {time} asks my {person}
+{time} write to my {person} about {topic}
+say something about {topic} to my {person} {time}""".splitlines()
+OOD_PHRASINGS = """\
+about {topic} please tell my {person} something {time}
+{time} describe to my {person} what {topic} is like""".splitlines()
 
 
 def gold_reward(prompt, response):
@@ -1900,10 +1901,11 @@ def gold_reward(prompt, response):
     "Human: tell my boss about rain now", "rain is gentle . snow is ugly ." -> 0.75 - 0.75 = 0. Only the
     first three different well-formed clauses count: or length and repetition would be the reward."""
     clauses = dict.fromkeys(tuple(clause.split()) for clause in response.split(".")[:-1])
-    golds = [0.0]
+    gold = 0.0
     for topic, _, adjective in [clause for clause in clauses if clause in CLAUSES][:3]:
-        golds.append((0.5 if topic in prompt.split() else -0.5) + (0.25 if adjective in KIND else -0.25))
-    return sum(golds)
+        gold += 0.5 if topic in prompt.split() else -0.5
+        gold += 0.25 if adjective in KIND else -0.25
+    return gold
 
 
 def true_strength(prompt, response_1, response_2):
@@ -1913,21 +1915,21 @@ def true_strength(prompt, response_1, response_2):
 
 def builtin_prompts(split):
     """A split's prompts. Those of "ood" have phrasings and pairs of topic and person of their own."""
-    texts, phrasings = [], OOD_PHRASINGS if split == "ood" else PHRASINGS
-    for (i, topic), (j, person) in itertools.product(enumerate(TOPICS), enumerate(PEOPLE)):
-        if ((i + j) % 4 == 0) == (split == "ood"):
-            for time, phrasing in itertools.product(TIMES, phrasings):
-                asked = phrasing.format(topic=topic, person=person, time=time)
-                texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
+    texts, ood = [], split == "ood"
+    for topic, person, time, phrasing in itertools.product(
+            TOPICS, PEOPLE, TIMES, OOD_PHRASINGS if ood else PHRASINGS):
+        if ((TOPICS.index(topic) + PEOPLE.index(person)) % 4 == 0) == ood:
+            asked = phrasing.format(topic=topic, person=person, time=time)
+            texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
     random.Random(0).shuffle(texts)
-    return {"train": texts[512:], "test": texts[:512], "ood": texts}[split]
+    return texts[512:] if split == "train" else texts[:512]  # all of "ood"
 
 
 def builtin_pair(rng, prompt):
     """A row, labelled by Bernoulli(true_strength). A third differ in helpfulness alone and a third in
     harmlessness alone, as HH's two halves do; the others are independent."""
-    one = [[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))]
-    two = [[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))]
+    one, two = [
+        [[rng.random() < 0.5, rng.random() < 0.5] for _ in range(rng.randint(1, 3))] for _ in range(2)]
     aspect = rng.choice([0, 1, None])  # helpfulness, harmlessness, both
     if aspect is not None:
         two = [list(clause) for clause in one]
@@ -1963,16 +1965,16 @@ def builtin_preferences():
 
 def builtin_model(seed):
     """A random Llama of 130,000 parameters, and a tokenizer of this world's words and the judge's."""
-    frame = JUDGE_FRAME.format(prompt="> Human: Assistant:", a="> A", b="> B .")
-    phrases = " ".join(PHRASINGS + OOD_PHRASINGS).format(topic="", person="", time="")
-    words = sorted({*frame.split(), *phrases.split(), *TOPICS + VERBS + KIND + RUDE + PEOPLE + TIMES})
-    vocabulary = {word: i for i, word in enumerate(["<pad>", "<eos>", "<unk>", *words])}
+    prompts = builtin_prompts("train") + builtin_prompts("ood")
+    question = judge_question("".join(prompts), "A", "B .")
+    words = ["<pad>", "<eos>", "<unk>", *sorted({*question.split(), *VERBS + KIND + RUDE})]
+    vocabulary = dict(zip(words, itertools.count()))
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
     inner.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(
         tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>")
     config = transformers.LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
+        vocab_size=len(words), hidden_size=64, intermediate_size=128, num_hidden_layers=3,
         num_attention_heads=4, initializer_range=0.06, max_position_embeddings=256,
         tie_word_embeddings=True, pad_token_id=0, eos_token_id=1, bos_token_id=None)
     torch.manual_seed(seed)
@@ -1993,36 +1995,36 @@ def tso(args):
 
 
 def model_matrix(roles, args, with_human):
-    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError."""
-    size = len(roles) + len(args.matrix_model_names_or_paths)
+    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError. Source: TSO for
+    the matrix and human responses. Reconstruction: its members, in equal shares of K."""
+    sources = dict.fromkeys(roles + args.matrix_model_names_or_paths)
+    size = len(sources)
     if args.num_generations < size:
         refuse(f"--num_generations is {args.num_generations}, fewer than the {size} models that respond")
-    return functools.partial(sample_matrix, roles=roles, with_human=with_human)
 
+    def sample_matrix(models, rows, step, args):
+        """Each row's candidates: the models respond in turn; then come a human's chosen and rejected
+        response, if the row has any."""
+        candidates = [[] for _ in rows]
+        for i, source in enumerate(sources):
+            ours = getattr(models, source, None), models.tokenizer  # for a role
+            model, tokenizer = models.others.get(source, ours)
+            ks = range(i, args.num_generations, size)
+            found = respond(model, tokenizer, rows, ks, step, args, source)
+            for row, own, more in zip(rows, candidates, found):
+                own += more
+                for one in more if source in models.others else []:  # not in the policy's tokens
+                    ended = one.ids[-1] in stop_token_ids(model, tokenizer)
+                    [one.ids] = encode_responses(
+                        models.tokenizer, [row.prompt], [one.text], args.max_new_tokens, ended)
+        for row, own in zip(rows, candidates):
+            if with_human and row.responses:
+                texts, prompts = row.responses[step % len(row.responses)], [row.prompt] * 2
+                ids = encode_responses(models.tokenizer, prompts, texts, args.max_new_tokens)
+                own += map(Candidate, ids, texts, HUMAN)
+        return candidates
 
-def sample_matrix(models, rows, step, args, roles, with_human):
-    """Each row's candidates: the models respond in turn; then come a human's chosen and rejected
-    response, if the row has any. Source: TSO for the matrix and human responses. Reconstruction: its
-    members, in equal shares of K."""
-    members = {role: (getattr(models, role), models.tokenizer) for role in roles}
-    members |= {name: models.others[name] for name in args.matrix_model_names_or_paths}
-    candidates, most = [[] for _ in rows], args.max_new_tokens
-    for i, (source, (model, tokenizer)) in enumerate(members.items()):
-        ks = range(i, args.num_generations, len(members))
-        found, stops = respond(model, tokenizer, rows, ks, step, args, source), ()
-        if source not in roles:  # not in the policy's tokens
-            stops = stop_token_ids(model, tokenizer)
-        for row, own, more in zip(rows, candidates, found):
-            own += more
-            for one in more if stops else []:
-                ended = one.ids[-1] in stops
-                [one.ids] = encode_responses(models.tokenizer, [row.prompt], [one.text], most, ended)
-    for row, own in zip(rows, candidates):
-        if with_human and row.responses:
-            texts = row.responses[step % len(row.responses)]
-            ids = encode_responses(models.tokenizer, [row.prompt] * 2, texts, most)
-            own += map(Candidate, ids, texts, HUMAN)
-    return candidates
+    return sample_matrix
 
 
 def corrected_labels(models, pairs, args, judge):
@@ -2036,7 +2038,7 @@ def corrected_labels(models, pairs, args, judge):
     return labels
 
 
-def dual_clip_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor, clip: float) -> Tensor:
+def dual_clip_loss(reward_1, reward_2, strength, clip):
     """Rewards, labels (P,) -> losses (P,), -log sigmoid(min(r_winner, clip) - max(r_loser, -clip)).
     Beyond clip a winner gets no more gradient, below -clip a loser none; clip = infinity is DPO. Source:
     TSO for a dual clip reward. Reconstruction: the formula."""
@@ -2081,41 +2083,43 @@ def collect(models, data, method, args):
     returns what each step left. Source: the paper for the steps. Reconstruction: how."""
     candidates, pairs = make_pairs(models, data.examples, method, 0, args)
     kept = widest_spreads(candidates, args.keep_prompts)
-    questions, counts = worth_asking(sum([pairs[i] for i in sorted(kept)], []), args)
+    questions, counts = worth_asking(sum([pairs[i] for i in kept], []), args)
     if not questions:
         refuse("No pair is left to ask about: take more prompts, wider bounds, another --output_dir")
-    counts = {"prompts": len(candidates), "prompts_kept": len(kept)} | counts | {
-        "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
-    finish(counts, args)
-    return counts
+    summary = {"prompts": len(candidates), "prompts_kept": len(kept), **counts,
+               "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
+    finish(summary, args)
+    return summary
 
 
 def widest_spreads(candidates, share):
     """Step 1, prompts: the numbers of those whose scores differ most: there a model can improve."""
     spreads = [np.std([1 / (1 + math.exp(-one.score)) for one in found]) for found in candidates]
-    return np.argsort(spreads)[::-1][: math.ceil(share * len(spreads))].tolist()
+    return sorted(np.argsort(spreads)[-math.ceil(share * len(spreads)):])
 
 
 def worth_asking(pairs, args):
     """Step 3, filter (step 2, responses, is the stage `sample`): no texts that are alike; no near tie,
     where a human would toss a coin; no landslide, which the judge knows; of a prompt the least alike.
     Returns the pairs to ask about, each in random order, and how many each filter left."""
-    rng, turns, order = np.random.default_rng(args.seed), Counter(), []
+    rng, turns, rounds = np.random.default_rng(args.seed), Counter(), [[] for _ in pairs]
     for pair in pairs:
-        pair.strength = 0.5 if pair.strength is None else pair.strength
-        if rng.random() < 0.5:
+        if rng.random() < 0.5 and pair.strength is not None:  # None: of equal texts
             pair.better, pair.worse, pair.strength = pair.worse, pair.better, 1 - pair.strength
-    left = {"pairs": pairs}
-    left["usable"] = [pair for pair in pairs if isinstance(parse_row(preference(pair, "1")), tuple)]
-    left["not_alike"] = [pair for pair in left["usable"] if alike(pair) <= args.max_similarity]
-    left["no_tie"] = [pair for pair in left["not_alike"] if sureness(pair) >= args.min_strength]
-    left["no_landslide"] = [pair for pair in left["no_tie"] if sureness(pair) <= args.max_strength]
-    for pair in sorted(left["no_landslide"], key=alike):
-        order.append((turns[pair.example.index], pair))
+    counts = {"pairs": len(pairs)}
+    filters = {
+        "usable": lambda pair: isinstance(parse_row(preference(pair, "1")), tuple),
+        "not_alike": lambda pair: alike(pair) <= args.max_similarity,
+        "no_tie": lambda pair: sureness(pair) >= args.min_strength,
+        "no_landslide": lambda pair: sureness(pair) <= args.max_strength}
+    for name, fits in filters.items():
+        pairs = [pair for pair in pairs if fits(pair)]
+        counts[name] = len(pairs)
+    for pair in sorted(pairs, key=alike):
+        rounds[turns[pair.example.index]].append(pair)
         turns[pair.example.index] += 1
-    order.sort(key=lambda turn_and_pair: turn_and_pair[0])  # first one question of each prompt
-    left["questions"] = [pair for turn, pair in order if turn < args.pairs_per_prompt]
-    return left["questions"], {name: len(found) for name, found in left.items()}
+    questions = sum(rounds[: args.pairs_per_prompt], [])  # first one of each prompt
+    return questions, counts | {"questions": len(questions)}
 
 
 def alike(pair):
@@ -2133,9 +2137,10 @@ def ask_human(questions, args):
     are. Each answer is a line of preferences.jsonl before the next question; a skipped question's line
     has no responses. On the built-in task the truth answers."""
     path = args.output_dir / "preferences.jsonl"
-    lines = path.read_text("utf-8").splitlines() if path.exists() else []
-    labels = len(lines) - sum('"chosen": null' in line for line in lines)
-    for i, pair in enumerate(questions[len(lines):], len(lines)):
+    text = path.read_text("utf-8") if path.exists() else ""
+    done = text.count("\n")
+    labels = done - text.count('"chosen": null')
+    for i, pair in enumerate(questions[done:], done):
         if labels == args.num_labels:
             break
         if args.dataset_name:
@@ -2144,16 +2149,19 @@ def ask_human(questions, args):
             p = true_strength(pair.example.prompt, pair.better.text, pair.worse.text)
             answer = "1" if np.random.default_rng((args.seed, i)).random() < p else "2"
         labels += answer != "s"
-        lines.append(json.dumps(preference(pair, answer)))
-        write_text(path, "\n".join(lines) + "\n")
+        text += json.dumps(preference(pair, answer)) + "\n"
+        write_text(path, text)
     return labels
 
 
 def preference(pair, answer):
     """A row of preferences.jsonl; strength is the judge's p(chosen > rejected)."""
-    ways = {"1": (pair.better.text, pair.worse.text, pair.strength), "s": (None, None, None),
-            "2": (pair.worse.text, pair.better.text, 1 - pair.strength)}
-    return dict(zip(("prompt", "chosen", "rejected", "strength"), (pair.example.prompt, *ways[answer])))
+    chosen, rejected, strength = pair.better.text, pair.worse.text, pair.strength
+    if answer == "2":
+        chosen, rejected, strength = rejected, chosen, 1 - strength
+    if answer == "s":
+        chosen = rejected = strength = None
+    return {"prompt": pair.example.prompt, "chosen": chosen, "rejected": rejected, "strength": strength}
 
 
 def read_answer(pair, count):
