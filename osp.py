@@ -7,7 +7,7 @@ is its frozen start. A step, for each prompt x (`train_step`, section 3: start r
     rank     score of y_k = log-odds of "B" when pi_SFT is asked which is better, A = y_1 or B = y_k
     pair     best with worst, second best with second worst, and so on inwards: K//2 pairs (a, b)
     judge    strength p = pi_SFT's probability that a is better, averaged over both orders of a and b
-    learn    h = beta [log pi_theta(a|x) / pi_SFT(a|x) - log pi_theta(b|x) / pi_SFT(b|x)], and one
+    learn    h = beta [log(pi_theta(a|x) / pi_SFT(a|x)) - log(pi_theta(b|x) / pi_SFT(b|x))], and one
              optimiser step on the mean of L = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]
 
     python osp.py                                           the built-in task, whose true reward is known
@@ -28,8 +28,9 @@ The paper's public text leaves some steps open. This project filled them in. Doc
       identical pairs are dropped, and the built-in task
 
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
-vocabulary. Pr(A) is the judge's probability of the verdict A. A strength p says how likely response 1 is
-the better one; of a Pair, 1 is the response that ranks higher. `logps` is always a SUM over a response's
+vocabulary. A and B are the places in the judge's question, and Pr(A) is the probability of the verdict
+A. 1 and 2 are the responses of a pair; of a Pair, 1 is `better`, which ranks higher, and 2 is `worse`. A
+strength p says how likely 1 is better. `logps` is always a SUM over a response's
 tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off
 has no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
 """
@@ -116,10 +117,9 @@ class MethodArguments:
 
 # 2. Load the SFT model; the records that the stages hand on ---------------------------------------
 def load_model(name, args, dtype=torch.float32):
-    """A causal LM and its tokenizer; no name: the built-in ones. `dtype` is that of its Linear weights;
-    all others are fp32. A model is trained in eval mode, without dropout, so that at the first step
-    pi_theta is pi_SFT. What the check at load finds stands on the model: shares_prompts, words. Raises
-    RunError."""
+    """A causal LM and its tokenizer; no name: the built-in ones. `dtype` is that of its Linear weights,
+    all others are fp32. The checks note two facts as attributes of the model: shares_prompts, whether
+    equal prompts may be computed once, and words, how many ids may be sampled. Raises RunError."""
     if name is None:
         model, tokenizer = builtin_model(args.seed)
     else:
@@ -179,7 +179,7 @@ class Pair:
     worse: Candidate
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
     verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
-    before_update: list | None = None  # what the update's pass saw: loss, two rewards, and log-ratio
+    measured: list | None = None  # by the update, before its step: loss, both rewards, log-ratio
 
 
 # 3. One step: start reading here ------------------------------------------------------------------
@@ -187,7 +187,7 @@ def train_step(models, examples, method, step, args):
     """One step of the paper's Figure 2, by the stages of `method` (section 11). Pairs without a strength
     are left out of the mean; where none is kept, weights and schedule stay. Returns the step's line of
     metrics.jsonl."""
-    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)
+    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)  # it calls that
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
@@ -260,11 +260,11 @@ def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
     """N questions -> (N,) log-odds that A is better: the logit of "A" minus that of "B", the two verdict
     tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises RunError if one is no
     number. Source: the paper for the probability of a verdict."""
-    _, a, b = verdict_format(models.tokenizer)
+    _, *verdicts = verdict_format(models.tokenizer)  # the ids of "A" and "B"
     limit = context_length(models.judge)
     questions = encode_questions(models.tokenizer, prompts, shown_as_a, shown_as_b, limit)
     with inference(models.judge) as judge:  # without gradients; the prompts tell it what may be shared
-        logits = question_logits(judge, prompts, questions, [a, b], args.micro_batch_size)  # (2,) each
+        logits = question_logits(judge, prompts, questions, verdicts, args.micro_batch_size)
     log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])
     if log_odds.isnan().any():
         raise RunError("The judge's verdicts are not numbers: its weights or precision are broken.", 1)
@@ -319,15 +319,6 @@ def judge_pairs(models, pairs, args, judge):
     return averaged_strength(p_12, p_21).tolist()
 
 
-def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
-                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1] by any language model, where p(1 > 2) +
-    p(2 > 1) = 1. Reconstruction: the average of both orders."""
-    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
-    texts = prompts, responses_1, responses_2
-    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
-
-
 # 7. Log-probabilities of responses ----------------------------------------------------------------
 def token_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], share=False) -> Tensor:
     """N prompts and responses -> (N, T) fp32 log-probs of the responses' tokens, 0 beyond their ends.
@@ -351,7 +342,7 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
                    micro_batch_size: int = 8) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
-    checkpointing = model.training and model.is_activation_checkpointing  # which allows no cache
+    checkpointing = model.training and model.is_activation_checkpointing  # which allows no sharing
     share = not checkpointing and shares_prompts(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     logps = torch.zeros(len(prompt_ids), device=model.device)
@@ -397,27 +388,28 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 def update(models, pairs, method, step, args):
     """One optimiser step on the mean loss over these P pairs. Notes on each pair what its pass saw."""
     seen = []
+    # the parts are slices of `pairs`; weight is 1 (section 15)
     for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
         logps = pair_logps(models.policy, part)  # (2, P)
-        ref_logps = method.reference(models, part)  # (2, P), of a pass alike: at the first step h is 0
+        ref_logps = method.reference(models, part)  # (2, P), by an equal pass: h is exactly 0 at first
         strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
         rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
         losses = method.loss(*rewards, strength)  # (P,)
         (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
         log_ratio = (logps - ref_logps).mean(0)  # (P,)
         seen.append(torch.stack([losses, *rewards, log_ratio], 1).tolist())
-    for pair, figures in zip(pairs, joined(seen)):
-        pair.before_update = figures
+    for pair, figures in zip(pairs, joined(seen)):  # those of all parts, in order
+        pair.measured = figures
     rate = models.scheduler.get_last_lr()[0]
-    loss = sum(pair.before_update[0] for pair in pairs) / len(pairs)
+    loss = sum(pair.measured[0] for pair in pairs) / len(pairs)
     grad_norm = optimizer_step(models, loss, f"step {step + 1}", args)
     return {"learning_rate": rate, "grad_norm": grad_norm}
 
 
 def make_optimizer(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
-    weights are fp32 even with --bf16, which would round small updates away. The schedule begins at its
-    second rate, since that of a warm-up's first step is 0."""
+    weights are fp32 even with --bf16: bf16 weights would round small updates away. A schedule of one
+    step more is taken from its second rate on, since the first rate of a warm-up is 0."""
     weights, warmup = models.policy.parameters(), in_steps(args.warmup_steps, steps)
     if args.warmup_steps < 1:
         warmup = min(warmup, steps - 1)  # a single step has none
@@ -453,10 +445,10 @@ def supervised_finetune(models, preferences, args):
     """Makes the policy pi_SFT by (prompt, chosen, rejected)s and the sum of both tasks' losses, each a
     mean over all target tokens."""
     n, size = len(preferences), args.sft_batch_size
-    steps, epoch = sft_steps(preferences, args), math.ceil(n / size)
+    steps, epoch = sft_steps(preferences, args), math.ceil(n / size)  # epoch: the steps of a pass
     make_optimizer(models, args.sft_learning_rate, steps, args)
     by_length = sorted(preferences, key=lambda preference: len(preference[1] + preference[2]))
-    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # leaves an epoch of all
+    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # then a whole pass is left
     for step, log in resumable_steps("sft", steps, models, args):
         allowed = math.ceil(n * EASY_SHARE) if step < easy_steps else n
         batch = [by_length[i] for i in step_indices(allowed, size, step, args.seed)]
@@ -470,7 +462,7 @@ def supervised_finetune(models, preferences, args):
 def supervised_tasks(models, batch, args):
     """(prompt, chosen, rejected)s -> both tasks' prompts and targets as ids; the loss is on the targets.
 
-    respond: the chosen responses. A third is enough: responding is learned long before judging.
+    respond: the chosen responses with their EOS. A third is enough: it is learned long before judging.
     judge: the right verdict on each pair, in both orders. Reconstruction: the third, both orders, and
     the loss on the verdict alone."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
@@ -478,8 +470,8 @@ def supervised_tasks(models, batch, args):
     responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
     questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
                                  context_length(models.policy) - 1)  # room for the verdict
-    _, a, b = verdict_format(tokenizer)  # the ids of "A" and "B"
-    verdicts = [[a]] * len(batch) + [[b]] * len(batch)
+    _, for_a, for_b = verdict_format(tokenizer)  # the ids of "A" and "B"
+    verdicts = [[for_a]] * len(batch) + [[for_b]] * len(batch)
     return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
 
 
@@ -496,27 +488,28 @@ def add_supervised_gradient(policy, prompts, targets, args):
 
 # 11. The whole run, and the table of stages -------------------------------------------------------
 def train(models, data, method, args):
-    """Online training: each step samples from the policy that the last one left. Returns the summary."""
+    """Online training: each step samples from the policy that the last one left. `data` (section 18) has
+    the examples to train on and those held out. Returns the summary."""
     steps = method_steps(data.examples, args)
     make_optimizer(models, args.learning_rate, steps, args)
-    before = answers(models.start, models, data.held_out, args, noise=0)  # pi_SFT's, to compare with
+    sft_answers = answers(models.start, models, data.held_out, args, noise=0)  # the policy has noise 1
     evaluation = None
-    for step, log in resumable_steps("metrics", steps, models, args):
+    for step, log in resumable_steps("metrics", steps, models, args):  # those after the checkpoint
         indices = step_indices(len(data.examples), args.prompts_per_step, step, args.seed)
         metrics = train_step(models, [data.examples[i] for i in indices], method, step, args)
         if (step + 1) % in_steps(args.eval_steps, steps) == 0 or step + 1 == steps:
-            evaluation = evaluate(models, data.held_out, before, method, args)
+            evaluation = evaluate(models, data.held_out, sft_answers, method, args)
             metrics |= {f"eval_{name}": value for name, value in evaluation.items()}
         log(metrics)
-    evaluation = evaluation or evaluate(models, data.held_out, before, method, args)
+    evaluation = evaluation or evaluate(models, data.held_out, sft_answers, method, args)
     return report(evaluation, models, data, method, args)
 
 
 @dataclass(frozen=True)
 class Method:
-    """The stages; the defaults are OSP. A variant replaces some, as in Method(loss=...)."""
+    """The stages; the defaults are OSP. A variant replaces some, as in replace(osp(args), loss=...)."""
     sample: Callable = sample_policy  # models, examples, step, args -> candidates of each
-    judge: Callable = language_model_judge  # models, N prompts, texts shown as A, as B, args -> (N,)
+    judge: Callable = language_model_judge  # models, prompts, shown as A, as B, args -> log-odds of A
     score: Callable = ranking_scores  # models, examples, candidates, args, judge -> scores of each
     pair: Callable = ranked_pairs  # scores of one example -> pairs of indices (better, worse)
     strength: Callable = judge_pairs  # models, pairs, args, judge -> strength of each; None drops it
@@ -536,7 +529,7 @@ def osp(args):
     return Method(score=equal_scores if args.num_generations == 2 else ranking_scores)
 
 
-METHODS = {"osp": osp}  # name -> what makes it from the arguments
+METHODS = {"osp": osp}  # name -> what makes it from the arguments; sections 20, 21 and users add theirs
 
 
 def run_method(args) -> dict:
@@ -555,7 +548,7 @@ def run_method(args) -> dict:
 
     with output_folder(args):  # all input was checked: from here on files are written
         models = Models(tokenizer, placed(policy, args), others=others)
-        if data.preferences and path == args.model_name_or_path:  # else `path` is a pi_SFT
+        if data.preferences and path == args.model_name_or_path:  # else there is a pi_SFT, or no SFT
             supervised_finetune(models, data.preferences, args)
             path = save_sft(models, args)
         models.start, _ = frozen(path, args)  # pi_SFT
@@ -825,7 +818,7 @@ def step_figures(models, candidates, pairs, kept, method, args):
         "pairs": len(kept), "dropped_identical_pairs": identical,
         "dropped_unsure_pairs": len(pairs) - len(kept) - identical}
     if kept:
-        losses, reward_1, reward_2, kl = torch.tensor([pair.before_update for pair in kept]).T
+        losses, reward_1, reward_2, kl = torch.tensor([pair.measured for pair in kept]).T
         figures |= means(loss=losses, strength_mean=torch.tensor([pair.strength for pair in kept]),
                          margin=reward_1 - reward_2, kl=kl)
         figures |= method.figures(kept, reward_1, reward_2)
@@ -1457,6 +1450,15 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         logits = logits[:, verdicts].float()
         found |= {head + tail: row for (head, tail), row in zip(part, logits)}
     return [found[tuple(ids)] for ids in questions]
+
+
+def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
+                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
+    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1] by any language model, where p(1 > 2) +
+    p(2 > 1) = 1. Reconstruction: the average of both orders."""
+    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
+    texts = prompts, responses_1, responses_2
+    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
 
 
 def respond(model, tokenizer, rows, ks, step, args, source="policy"):

@@ -280,7 +280,7 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
     expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
     assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
     assert figures["grad_norm"] == approx(moved.norm().item(), rel=CLOSE)
-    assert [pair.before_update[0] for pair in pairs] == close(torch.stack(losses).tolist())
+    assert [pair.measured[0] for pair in pairs] == close(torch.stack(losses).tolist())
 
 
 @mark.parametrize("loss, slope", [(math.nan, 1.0), (0.0, math.nan)])
@@ -2030,8 +2030,8 @@ def step_vectors(kind, method, own):
             "responses": [[one.ids for one in row] for row in candidates],
             "scores": [[one.score for one in row] for row in candidates],
             "pairs": [[pair.example.index, pair.better.source, pair.worse.source] for pair in pairs],
-            "losses": [pair.before_update[0] for pair in pairs],
-            "rewards": [pair.before_update[1:3] for pair in pairs]}
+            "losses": [pair.measured[0] for pair in pairs],
+            "rewards": [pair.measured[1:3] for pair in pairs]}
         items["ref_logps"] = ref_logps[: len(pairs)]
         for name in ("verdicts", "strength"):
             items[name] = [getattr(pair, name) for pair in pairs]
