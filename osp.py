@@ -5,9 +5,9 @@ is its frozen start. A step, for each prompt x (`train_step`, section 3: start r
 
     sample   y_1 ... y_K from the current policy pi_theta
     rank     score of y_k = log-odds of "B" when pi_SFT is asked which is better, A = y_1 or B = y_k
-    pair     best with worst, second best with second worst, and so on inwards: K//2 pairs (a, b)
-    judge    strength p = pi_SFT's probability that a is better, averaged over both orders of a and b
-    learn    h = beta [log(pi_theta(a|x) / pi_SFT(a|x)) - log(pi_theta(b|x) / pi_SFT(b|x))], and one
+    pair     best with worst, second best with second worst, and so on: K//2 pairs (better b, worse w)
+    judge    strength p = pi_SFT's probability that b is better, averaged over both orders of b and w
+    learn    h = beta [log(pi_theta(b|x) / pi_SFT(b|x)) - log(pi_theta(w|x) / pi_SFT(w|x))], and one
              optimiser step on the mean of L = -[p log sigmoid(h) + (1 - p) log sigmoid(-h)]
 
     python osp.py                                           the built-in task, whose true reward is known
@@ -29,7 +29,7 @@ The paper's public text leaves some steps open. This project filled them in. Doc
 
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
 vocabulary. A and B are the places in the judge's question, and Pr(A) is the probability of the verdict
-A. 1 and 2 are the responses of a pair; of a Pair, 1 is `better`, which ranks higher, and 2 is `worse`. A
+A. 1 and 2 are the responses of a pair: _1 is of Pair.better, which ranks higher, _2 of Pair.worse. A
 strength p says how likely 1 is better. `logps` is always a SUM over a response's
 tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off
 has no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
@@ -187,7 +187,8 @@ def train_step(models, examples, method, step, args):
     """One step of the paper's Figure 2, by the stages of `method` (section 11). Pairs without a strength
     are left out of the mean; where none is kept, weights and schedule stay. Returns the step's line of
     metrics.jsonl."""
-    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)  # it calls that
+    # make_pairs(models, examples, ...); of several processes each does a share, and gets all results
+    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
@@ -220,7 +221,8 @@ def sample_policy(models, examples, step, args):
 
 
 def sampling_noise(seed, step, index, k, length):
-    """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process."""
+    """(T,) uniform float64 that belong to (seed, step, prompt, k), not to the batch or the process. In
+    evaluation the step is 2**31 always, and k is 0 for pi_SFT and 1 for the policy."""
     return np.random.default_rng((seed, step, index, k)).random(length)
 
 
@@ -388,7 +390,8 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 def update(models, pairs, method, step, args):
     """One optimiser step on the mean loss over these P pairs. Notes on each pair what its pass saw."""
     seen = []
-    # the parts are slices of `pairs`; weight is 1 (section 15)
+    # slices of the pairs of all processes, of which each takes some; weight makes their gradients' mean
+    # a sum: it is 1 in one process
     for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
         logps = pair_logps(models.policy, part)  # (2, P)
         ref_logps = method.reference(models, part)  # (2, P), by an equal pass: h is exactly 0 at first
@@ -398,7 +401,7 @@ def update(models, pairs, method, step, args):
         (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
         log_ratio = (logps - ref_logps).mean(0)  # (P,)
         seen.append(torch.stack([losses, *rewards, log_ratio], 1).tolist())
-    for pair, figures in zip(pairs, joined(seen)):  # those of all parts, in order
+    for pair, figures in zip(pairs, joined(seen)):  # of all parts, in order
         pair.measured = figures
     rate = models.scheduler.get_last_lr()[0]
     loss = sum(pair.measured[0] for pair in pairs) / len(pairs)
@@ -489,12 +492,13 @@ def add_supervised_gradient(policy, prompts, targets, args):
 # 11. The whole run, and the table of stages -------------------------------------------------------
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. `data` (section 18) has
-    the examples to train on and those held out. Returns the summary."""
+    the examples to train on and those held out. Every --save_steps a checkpoint keeps step, weights,
+    optimizer and schedule; all else is a function of seed and step. Returns the summary."""
     steps = method_steps(data.examples, args)
     make_optimizer(models, args.learning_rate, steps, args)
-    sft_answers = answers(models.start, models, data.held_out, args, noise=0)  # the policy has noise 1
+    sft_answers = answers(models.start, models, data.held_out, args, k=0)
     evaluation = None
-    for step, log in resumable_steps("metrics", steps, models, args):  # those after the checkpoint
+    for step, log in resumable_steps("metrics", steps, models, args):  # loads the newest checkpoint
         indices = step_indices(len(data.examples), args.prompts_per_step, step, args.seed)
         metrics = train_step(models, [data.examples[i] for i in indices], method, step, args)
         if (step + 1) % in_steps(args.eval_steps, steps) == 0 or step + 1 == steps:
@@ -735,16 +739,16 @@ def described(models, responses, golds=()):
         distinct_4grams=[len(set(grams)) / max(1, len(grams))])
 
 
-def answers(model, models, rows, args, noise):
-    """A response to each row, by all processes together; the number `noise` picks its noise."""
-    found = respond(model, models.tokenizer, own_share(rows), [noise], EVALUATION, args)
+def answers(model, models, rows, args, k):
+    """A response to each row, by all processes together; k picks its noise."""
+    found = respond(model, models.tokenizer, own_share(rows), [k], EVALUATION, args)
     return collected([response for [response] in found])
 
 
 def evaluate(models, rows, before, method, args):
     """The policy against pi_SFT and its responses `before`, one response to each row; the README says
     what the figures are."""
-    after, logps = answers(models.policy, models, rows, args, noise=1), []
+    after, logps = answers(models.policy, models, rows, args, k=1), []
     ids = [row.ids for row in own_share(rows)], [response.ids for response in own_share(after)]
     for role in (models.policy, models.start):
         with inference(role, args.bf16) as model:
@@ -843,7 +847,7 @@ def report(summary, models, data, method, args):
     if data.held_out_preferences:
         summary |= judge_figures(models, data.held_out_preferences, method, args)
     if data.ood:
-        before = answers(models.start, models, data.ood, args, noise=0)
+        before = answers(models.start, models, data.ood, args, k=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples),
