@@ -259,23 +259,19 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
     plain, models, pairs, losses = rotary(), with_sgd(rotary(attention_dropout=dropout)), [], []
     models.policy.train()
     prompts, responses = random_ids(3, 12), random_ids(10, 9)
+    ref_logps = torch.tensor([[-20.0 + 3 * i, -8.0 - i] for i in range(5)])
     for i, strength in enumerate([0.9, 0.5, 0.2, 0.7, 0.6]):
         sides = [Candidate(ids, "") for ids in responses[2 * i : 2 * i + 2]]
-        row = row_of("", i, prompts[i // 2])
-        pairs.append(pair_of(*sides, strength, row))
-        logps = [naive_logps(plain, row.ids, side.ids) for side in sides]
-        rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, (-20.0 + 3 * i, -8.0 - i))]
-        losses.append(osp.spce_loss(*rewards, strength))
+        pairs.append(pair_of(*sides, strength, row_of("", i, prompts[i // 2])))
+        logps = torch.stack([naive_logps(plain, prompts[i // 2], side.ids) for side in sides])
+        losses.append(osp.spce_loss(*0.3 * (logps - ref_logps[i]), strength))
     torch.stack(losses).mean().backward()
     if checkpointing:
         models.policy.activation_checkpointing_enable()
     args = Arguments(
         micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
-    def reference(models, part):
-        numbers = torch.tensor([float(pair.example.index) for pair in part])
-        return torch.stack([-20.0 + 3 * numbers, -8.0 - numbers])
-
-    figures = osp.update(models, pairs, Method(reference=reference), 0, args)
+    method = Method(reference=lambda models, part: ref_logps[[pair.example.index for pair in part]].T)
+    figures = osp.update(models, pairs, method, 0, args)
     moved = weights_of(plain) - weights_of(models.policy)
     expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
     assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
@@ -327,17 +323,13 @@ def rates_of(name, warmup_steps, steps=20):
 
 def test_no_step_has_rate_0_and_a_warm_up_longer_than_the_run_is_said(capsys):
     """A share is rounded up, and leaves a single step its rate."""
-    assert rates_of("constant_with_warmup", 0.11)[:5] == approx([1 / 4, 1 / 2, 3 / 4, 1, 1])
-    assert rates_of("linear", 0.5, steps=4) == approx([1 / 3, 2 / 3, 1, 1 / 2])
+    for warmup_steps in (0.11, 3):
+        rates = rates_of("constant_with_warmup", warmup_steps)
+        assert rates[:5] == approx([1 / 4, 1 / 2, 3 / 4, 1, 1])
     assert rates_of("linear", 0.1, steps=1) == [1.0]
     assert not capsys.readouterr().out
     assert rates_of("linear", 5, steps=3) == approx([1 / 6, 2 / 6, 3 / 6])
     assert "warm-up of 5 steps is longer than the 3" in capsys.readouterr().out
-
-
-def test_a_number_of_steps_below_1_is_a_share_of_all_rounded_up():
-    assert [osp.in_steps(0.1, steps) for steps in (39, 40, 5, 0)] == [4, 4, 1, 0]
-    assert osp.in_steps(1, 39) == 1 and osp.in_steps(50.0, 39) == 50
 
 
 def test_a_planted_preference_improves():
@@ -511,8 +503,9 @@ def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
 @EACH_TOKENIZER
 def test_responses_end_in_eos_unless_they_are_cut(tokenizer):
     whole, cut = osp.encode_responses(tokenizer, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
+    [cut_before] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99, ended=False)
     assert tokenizer.decode(whole).strip() == "the cat" + tokenizer.eos_token
-    assert len(cut) == 12 and tokenizer.eos_token_id not in cut
+    assert len(cut) == 12 and tokenizer.eos_token_id not in cut + cut_before
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -655,20 +648,19 @@ def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path
     assert len(data.held_out) == expected
 
 
-def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
-    rows = datasets.Dataset.from_list([{"prompt": f"{i:03}"} for i in range(300)])
-    datasets.DatasetDict(train=rows, ood=rows).save_to_disk(tmp_path)
-    prompts = [row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood]
-    assert len(prompts) == 5 and max(prompts) > "020"
-
-
-@mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
-def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
+@mark.parametrize("paired", ["train", "test"])
+def test_each_split_has_pairs_or_prompts_and_is_not_read_from_its_top(tmp_path, paired):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
-    own, held_out = [datasets.Dataset.from_list([FORMATS[name][0]]) for name in (train, test)]
-    datasets.DatasetDict(train=own, test=held_out).save_to_disk(tmp_path)
-    data = data_of(tmp_path)
-    assert [bool(data.preferences), bool(data.held_out_preferences)] == [train == "hh", test == "hh"]
+    splits = datasets.DatasetDict()
+    for split in ("train", "test", "ood"):
+        responses = texts() if split == paired else {}
+        rows = [{"prompt": f"{i:03}"} | responses for i in range(300)]
+        splits[split] = datasets.Dataset.from_list(rows)
+    splits.save_to_disk(tmp_path)
+    data = data_of(tmp_path, "--num_eval_prompts 5")
+    assert bool(data.preferences) == (paired == "train")
+    assert bool(data.held_out_preferences) == (paired == "test")
+    assert len(data.ood) == 5 and max(row.prompt for row in data.ood) > "020"
 
 
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
@@ -865,21 +857,15 @@ def test_texts_end_where_a_rotation_would_go_by_the_longest_of_a_batch(kind, mos
 
 def test_no_more_prompts_than_a_micro_batch_are_read_at_once(monkeypatch):
     """Long prompts stand by themselves."""
-    models, lengths, prefill = builtin_models(0, 0, 0), [], osp.prefill
-
-    def noted(model, prompt_ids, *room):
-        lengths.append(sorted({len(ids) for ids in prompt_ids}))
-        return prefill(model, prompt_ids, *room)
-
-    monkeypatch.setattr(osp, "prefill", noted)
+    models, prefill = builtin_models(0, 0, 0), mock.Mock(wraps=osp.prefill)
+    monkeypatch.setattr(osp, "prefill", prefill)
     prompts = [RAIN, "rain", RAIN + " rain", "rain tea"]
     rows = osp.distinct_prompts(models.tokenizer, [(prompt,) for prompt in prompts], 4)
-    args = arguments("--micro_batch_size 2 --max_new_tokens 2")
-    found = osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
-    short, *_, long = lengths  # and those of the check
+    found = [osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, arguments(words))
+             for words in ("--micro_batch_size 2 --max_new_tokens 2", "--max_new_tokens 2")]
+    assert found[0] == found[1]
+    short, long, *_ = [[len(ids) for ids in call.args[1]] for call in prefill.call_args_list]
     assert max(short) < min(long)
-    args = arguments("--max_new_tokens 2")
-    assert found == osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
 
 
 def test_a_tokenizer_without_eos_is_refused(tmp_path):
@@ -936,10 +922,6 @@ def test_an_answer_is_framed_as_the_template_frames_it(template, expected):
                        osp.encode_responses(tokenizer, ["hi"], ["a cat"], 99)]
     assert tokenizer.decode(ids) + "|" + tokenizer.decode(answer) == expected
     assert answer[-1] in osp.stop_token_ids(rotary(), tokenizer)
-
-
-def test_a_cut_response_has_no_end():
-    assert osp.encode_responses(TALK, ["hi"], ["the cat"], 99, ended=False)[0][-1] != TALK.eos_token_id
 
 
 def test_control_tokens_are_those_that_the_template_writes():
