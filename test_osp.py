@@ -295,7 +295,7 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
 
 
-@mark.parametrize("steps", [5, 9, 10, 50])
+@mark.parametrize("steps", [5, 50])
 def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
     """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
     pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
@@ -550,7 +550,7 @@ def test_whatever_path_a_shell_takes_is_read(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         rows.to_csv(tmp_path / folder / "a[1].csv")
         monkeypatch.chdir(tmp_path / folder)
-        for name in (*names, "a[1].csv", "../json/a[1].csv"):
+        for name in (*names, "a[1].csv"):
             assert usable_rows(name) == [("None", "NA", "null")]
     for name, expected in ((".", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
         with stopped(expected):
@@ -620,9 +620,8 @@ def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path
 def test_each_split_has_pairs_or_prompts_and_is_not_read_from_its_top(tmp_path, paired):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
     splits = datasets.DatasetDict()
-    for split in ("train", "test", "ood"):
-        responses = texts() if split == paired else {}
-        rows = [{"prompt": f"{split} {i:03}"} | responses for i in range(300)]
+    for split, more in {"train": {}, "test": {}, "ood": {}, paired: texts()}.items():
+        rows = [{"prompt": f"{split} {i:03}"} | more for i in range(300)]
         splits[split] = datasets.Dataset.from_list(rows)
     splits.save_to_disk(tmp_path)
     data = data_of(tmp_path, "--num_eval_prompts 5")
@@ -644,14 +643,16 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
         assert words in shown
 
 
-SCRAP = [None, 5, math.nan, "", "\u200b", [], {}, [None], [[]], [{"role": "user"}], [{"content": {}}],
-         [{"role": 5, "content": "q"}], {"post": []}, [{"text": None}] * 2]
-@mark.parametrize("name", FORMATS)
-def test_whatever_stands_in_a_row_it_is_parsed_or_counted(name):
-    raw, _ = FORMATS[name]
+SCRAP = [None, 5, "\u200b", [], [None], [{"role": "user"}], [{"role": 5, "content": "q"}],
+         [{"text": None}] * 2]
+
+
+@mark.parametrize("raw, prompt", FORMATS.values())
+def test_whatever_stands_in_a_row_it_is_parsed_or_counted(raw, prompt):
     for field, scrap in itertools.product(raw, SCRAP):
-        parsed = osp.parse_row(raw | {field: scrap})
-        assert parsed != "" if isinstance(parsed, str) else osp.transcript(parsed[0]).strip()
+        parsed = osp.parse_row(raw | {field: scrap})  # or why it is dropped
+        found = [parsed] if isinstance(parsed, str) else [osp.transcript(parsed[0]), *parsed[1:]]
+        assert all(text.strip() for text in found)
 
 
 # Built-in task ------------------------------------------------------------------------------------
@@ -727,9 +728,8 @@ def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
         loaded(tmp_path, make())
 
 
-@mark.parametrize("make, name", [
-    (lambda: grown("", "v_head"), "v_head"),
-    (lambda: configured(num_hidden_layers=1), "model.layers.1")])
+@mark.parametrize("make, name", [(lambda: grown("", "v_head"), "v_head"),
+                                 (lambda: configured(num_hidden_layers=1), "model.layers.1")])
 def test_tensors_of_modules_that_a_model_does_not_have_are_named(tmp_path, capsys, make, name):
     loaded(tmp_path, make())
     assert f"tensors are not read, such as {name}" in capsys.readouterr().out
@@ -1118,9 +1118,8 @@ def test_other_data_or_weights_under_an_old_name_are_refused(tmp_path, monkeypat
         run(folder, words)
 
 
-@mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_the_option_that_helps(tmp_path, broken_off, monkeypatch, error):
     folder = shutil.copytree(broken_off, tmp_path / "run")
     monkeypatch.setattr(osp, "train_step", mock.Mock(side_effect=error))
@@ -1162,9 +1161,12 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, real):
     for name in {*re.findall("--model_name_or_path (.+?) ", readme)}:
         shutil.copytree(real[0] / "model", name)
     pairs = [texts(f"\n\nHuman: {i}?\n\nAssistant:") for i in range(40)]
-    for name in ("my-prompts.jsonl", "PROMPTS/prompts.jsonl", "Anthropic/hh-rlhf/harmless-base/train.jsonl"):
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        write_lines(Path(name), pairs)
+    prompts = [{"prompt": pair["chosen"].removesuffix(" good")} for pair in pairs]
+    for name, rows in (("my-prompts", prompts), ("PROMPTS/prompts", prompts),
+                       ("Anthropic/hh-rlhf/harmless-base/train", pairs)):
+        path = Path(f"{name}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, rows)
     with mock.patch("builtins.input", return_value="1"):
         for words in typed:
             words = f"{words} {QUICK} --max_new_tokens 8 {COLLECT[17:]}"
