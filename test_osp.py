@@ -41,7 +41,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from matplotlib.figure import Figure
 from pytest import approx, mark
-from safetensors.torch import load_file, save_file
 from tokenizers import decoders, pre_tokenizers
 from torch.nn.utils import parameters_to_vector
 from torch.utils.flop_counter import FlopCounterMode
@@ -197,7 +196,6 @@ def doubles(*values):
 
 @mark.parametrize("numbers", [  # p, beta, logps of the policy, those of the reference, the loss
     "0.9  0.1  -10 -12        -11 -11      0.6181388694",
-    "0.8  0.1  -35.25 -41.5   -36 -40.125  0.6350311234",
     "0.5  0.1  -3 -4          -3 -4        0.6931471806",  # log 2, where there is no margin
     "1.0  1.0   0 -2           0 0         0.1269280110"])  # DPO at h = 2
 def test_loss_by_hand(numbers):
@@ -209,7 +207,6 @@ def test_loss_by_hand(numbers):
 def test_gradient_is_sigmoid_minus_strength_and_zero_at_logit():
     h, p = doubles(-3.0, -0.2, 0.0, 40.0, math.log(0.3 / 0.7)), doubles(0.2, 1.0, 0.5, 0.1, 0.3)
     rewards = h.requires_grad_(), torch.zeros_like(h).requires_grad_()
-    assert torch.autograd.gradcheck(osp.spce_loss, (*rewards, p))  # finite differences
     one, two = torch.autograd.grad(osp.spce_loss(*rewards, p).sum(), rewards)
     assert torch.allclose(one, torch.sigmoid(h) - p)
     assert torch.equal(two, -one)
@@ -259,23 +256,19 @@ def test_gradient_is_that_of_the_mean_loss_of_unpadded_passes(size, checkpointin
     plain, models, pairs, losses = rotary(), with_sgd(rotary(attention_dropout=dropout)), [], []
     models.policy.train()
     prompts, responses = random_ids(3, 12), random_ids(10, 9)
+    ref_logps = torch.tensor([[-20.0 + 3 * i, -8.0 - i] for i in range(5)])
     for i, strength in enumerate([0.9, 0.5, 0.2, 0.7, 0.6]):
         sides = [Candidate(ids, "") for ids in responses[2 * i : 2 * i + 2]]
-        row = row_of("", i, prompts[i // 2])
-        pairs.append(pair_of(*sides, strength, row))
-        logps = [naive_logps(plain, row.ids, side.ids) for side in sides]
-        rewards = [0.3 * (logp - ref_logp) for logp, ref_logp in zip(logps, (-20.0 + 3 * i, -8.0 - i))]
-        losses.append(osp.spce_loss(*rewards, strength))
+        pairs.append(pair_of(*sides, strength, row_of("", i, prompts[i // 2])))
+        logps = torch.stack([naive_logps(plain, prompts[i // 2], side.ids) for side in sides])
+        losses.append(osp.spce_loss(*0.3 * (logps - ref_logps[i]), strength))
     torch.stack(losses).mean().backward()
     if checkpointing:
         models.policy.activation_checkpointing_enable()
     args = Arguments(
         micro_batch_size=size, max_grad_norm=1e9, beta=0.3, gradient_checkpointing=checkpointing)
-    def reference(models, part):
-        numbers = torch.tensor([float(pair.example.index) for pair in part])
-        return torch.stack([-20.0 + 3 * numbers, -8.0 - numbers])
-
-    figures = osp.update(models, pairs, Method(reference=reference), 0, args)
+    method = Method(reference=lambda models, part: ref_logps[[pair.example.index for pair in part]].T)
+    figures = osp.update(models, pairs, method, 0, args)
     moved = weights_of(plain) - weights_of(models.policy)
     expected = parameters_to_vector([weight.grad for weight in plain.parameters()])
     assert torch.allclose(moved, expected, atol=CLOSE * expected.abs().max().item())
@@ -290,6 +283,8 @@ def test_a_loss_or_a_gradient_that_is_no_number_stops_the_run(loss, slope):
     with stopped("step 3: the loss is", code=1):
         osp.optimizer_step(models, loss, "step 3", Arguments())
     assert torch.equal(weights_of(models.policy), before)
+    with stopped("no number .*learning rate", code=1):
+        osp.as_json({"kl": math.inf})
 
 
 def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
@@ -300,7 +295,7 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
     assert steps[0] != osp.step_indices(10, 4, 0, seed=1)
 
 
-@mark.parametrize("steps", [5, 9, 10, 50])
+@mark.parametrize("steps", [5, 50])
 def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
     """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
     pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
@@ -327,41 +322,15 @@ def rates_of(name, warmup_steps, steps=20):
 
 def test_no_step_has_rate_0_and_a_warm_up_longer_than_the_run_is_said(capsys):
     """A share is rounded up, and leaves a single step its rate."""
-    assert rates_of("constant_with_warmup", 0.11)[:5] == approx([1 / 4, 1 / 2, 3 / 4, 1, 1])
-    assert rates_of("linear", 0.5, steps=4) == approx([1 / 3, 2 / 3, 1, 1 / 2])
+    rates = [rates_of("constant_with_warmup", steps)[:5] for steps in (0.11, 3)]
+    assert rates == [approx([1 / 4, 1 / 2, 3 / 4, 1, 1])] * 2
     assert rates_of("linear", 0.1, steps=1) == [1.0]
     assert not capsys.readouterr().out
     assert rates_of("linear", 5, steps=3) == approx([1 / 6, 2 / 6, 3 / 6])
     assert "warm-up of 5 steps is longer than the 3" in capsys.readouterr().out
 
 
-def test_a_number_of_steps_below_1_is_a_share_of_all_rounded_up():
-    assert [osp.in_steps(0.1, steps) for steps in (39, 40, 5, 0)] == [4, 4, 1, 0]
-    assert osp.in_steps(1, 39) == 1 and osp.in_steps(50.0, 39) == 50
-
-
-def test_a_planted_preference_improves():
-    """A judge that likes one word, of some eighty, makes a tiny policy say it."""
-    def judge(models, prompts, shown_as_a, shown_as_b, args):
-        gaps = [a.count("gentle") - b.count("gentle") for a, b in zip(shown_as_a, shown_as_b)]
-        return 2.0 * torch.tensor(gaps)
-
-    args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0, 0)
-    rows = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
-    osp.make_optimizer(models, 5e-3, 20, args)
-    for step in range(20):
-        osp.train_step(models, rows, Method(judge=judge), step, args)
-    [found] = osp.sample_policy(models, rows, 20, args)
-    assert np.mean([response.text.count("gentle") for response in found]) > 1
-
-
 # Judge --------------------------------------------------------------------------------------------
-def test_verdict_of_several_tokens_is_refused():
-    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
-    with stopped("one token"):
-        osp.verdict_format(transformers.PreTrainedTokenizerFast(tokenizer_object=inner))
-
-
 def asked_alone(judge, tokenizer, *texts):
     """The log-odds of A by one unpadded pass over the whole question."""
     end, *verdicts = osp.verdict_format(tokenizer)
@@ -383,8 +352,7 @@ QUESTION = st.tuples(st.just("hi") | st.just("the mat"), SAYINGS, SAYINGS)
 @mark.parametrize("kind, tokenizer", [(rotary, PIECES), (absolute, TALK), (windowed, BYTES)])
 @given(st.lists(QUESTION, min_size=1, max_size=8), st.sampled_from([1, 3, 8]))
 @settings(max_examples=12, deadline=None)
-def test_questions_that_share_their_head_get_the_answers_they_get_alone(
-        kind, tokenizer, questions, size):
+def test_questions_that_share_a_head_are_answered_as_alone(kind, tokenizer, questions, size):
     verdicts = osp.verdict_format(tokenizer)[1:]
     assert [tokenizer.decode([one]).strip() for one in verdicts] == ["A", "B"]
     judge = kind(len(tokenizer))
@@ -392,7 +360,10 @@ def test_questions_that_share_their_head_get_the_answers_they_get_alone(
     assert found == close([asked_alone(judge, tokenizer, *question) for question in questions])
 
 
-def test_a_judge_whose_verdicts_are_not_numbers_stops_the_run():
+def test_verdicts_that_are_several_tokens_or_no_numbers_are_refused():
+    inner = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0}, unk_token="<eos>"))
+    with stopped("one token"):
+        osp.verdict_format(transformers.PreTrainedTokenizerFast(tokenizer_object=inner))
     judge = broken("lm_head")
     judge.shares_prompts = True  # as the check at load found, before it broke
     with stopped("not numbers", code=1):
@@ -410,43 +381,41 @@ def test_scores_keep_the_order_of_a_judge_that_is_sure():
 
 
 def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
-    texts, model = ["x", "the mat " * 99], absolute(max_position_embeddings=130)
-    short, cut = osp.encode_questions(BYTES, ["hi"] * 2, texts, texts, 120)
-    assert 80 < len(cut) <= 120
-    one, two = [re.sub("(?m)^>.*", ">", BYTES.decode(ids)) for ids in (cut, short)]
-    assert one == two
-    long = "on the mat " * 99
-    for a, b in (("rain", long), (long, "rain")):
+    long = "the mat " * 99
+    frame = re.sub("(?m)^>.*", ">", osp.judge_question("", "", ""))
+    for a, b in ((long, long), ("rain", long), (long, "rain")):
         [cut] = osp.encode_questions(BYTES, ["hi"], [a], [b], 120)
-        assert "> rain\n" in BYTES.decode(cut)  # the short response is whole
+        text = BYTES.decode(cut)
+        assert 80 < len(cut) <= 120
+        assert re.sub("(?m)^>.*", ">", text).strip() == frame
+        assert ("> rain\n" in text) == ("rain" in (a, b))  # the short response is whole
+    models = Models(BYTES, absolute(max_position_embeddings=130))
     batch = [("hi", "x" * n, "y") for n in range(99)]
-    questions, _ = osp.supervised_tasks(Models(BYTES, model), batch, arguments())["judge"]
+    questions, _ = osp.supervised_tasks(models, batch, arguments())["judge"]
     assert max(map(len, questions)) == 129  # room for the verdict
 
 
 def test_judge_figures_by_hand(monkeypatch):
-    p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7, 1.0])  # strengths 0.92, 0.5, 0.06, 0.6, 1
-    p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5, 0.0])
-    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa aa", "a bb")]
+    p_12 = torch.tensor([0.93, 0.4, 0.05, 0.7])  # strengths 0.92, 0.5, 0.06, 0.6
+    p_21 = torch.tensor([0.09, 0.4, 0.93, 0.5])
+    texts = [("x", *text.split()) for text in ("aa b", "a bb", "a bb", "aa aa")]
     assert osp.verdict_figures(texts, p_12, p_21) == approx({
-        "order_agreement": (1 + 0 + 1 + 1) / 4,  # by position alone the second; equal texts the fourth
-        "strength_spread": (0.42 + 0 + 0.44 + 0.1 + 0.5) / 5,
-        "longer_preferred": (1 + 0.5 + 1 + 0) / 4})
+        "order_agreement": (1 + 0 + 1) / 3,  # by position alone the second; equal texts the fourth
+        "strength_spread": (0.42 + 0 + 0.44 + 0.1) / 4,
+        "longer_preferred": (1 + 0.5 + 1) / 3})
     monkeypatch.setattr(osp, "both_orders", lambda *_: (p_12, p_21))
-    surer = {"judge_overconfidence": (0.92 + 0.5 + 0.94 + 0.6 + 1) / 5 - 3.5 / 5, "judge_pairs": 5}
-    models, gold = Models(None, None), {"aa": 1, "a": 0, "b": 0, "bb": 0}.get
-    found = [osp.judge_figures(models, texts, Method(gold=truth), Arguments())
-             for truth in (None, lambda prompt, text: gold(text))]
-    assert found == [approx(surer | {"judge_accuracy": right}) for right in (3.5 / 5, (1 + 1) / 2)]
+    models, gold = Models(None, None), {"aa": 1, "a": 0, "b": 0, "bb": 1}.get
+    for truth, accuracy in ((None, 2.5 / 4), (lambda prompt, text: gold(text), 2.5 / 3)):
+        assert osp.judge_figures(models, texts, Method(gold=truth), Arguments()) == approx({
+            "judge_overconfidence": (0.92 + 0.5 + 0.94 + 0.6) / 4 - 2.5 / 4, "judge_pairs": 4,
+            "judge_accuracy": accuracy})
 
 
 def test_a_win_is_a_higher_true_reward_and_a_tie_is_half_of_one(monkeypatch):
-    gold = {"good": 3, "fair": 2, "bad": 1}
-    after, before = [[Candidate([5, 1], text) for text in texts.split()]
-                     for texts in ("good good fair bad", "fair bad fair fair")]
+    after, before = [[Candidate([5, 1], text) for text in golds] for golds in ("3321", "2122")]
     monkeypatch.setattr(osp, "answers", lambda *_, noise: after)
     unsure = Method(judge=lambda models, prompts, *_: torch.zeros(len(prompts)),
-                    gold=lambda prompt, text: gold[text])
+                    gold=lambda prompt, text: int(text))
     rows = [row_of("hi", i, [4]) for i in range(4)]
     found = osp.evaluate(builtin_models(0, 0), rows, before, unsure, Arguments())
     wins = {"win_rate_vs_sft": (1 + 1 + 0.5 + 0) / 4, "gold_reward": 9 / 4, "gold_reward_sft": 7 / 4,
@@ -511,8 +480,9 @@ def test_chat_template_frames_text_and_transcripts_without_a_second_bos():
 @EACH_TOKENIZER
 def test_responses_end_in_eos_unless_they_are_cut(tokenizer):
     whole, cut = osp.encode_responses(tokenizer, ["hi"] * 2, ["the cat", "the cat " * 30], 12)
+    [cut_before] = osp.encode_responses(tokenizer, ["hi"], ["the cat"], 99, ended=False)
     assert tokenizer.decode(whole).strip() == "the cat" + tokenizer.eos_token
-    assert len(cut) == 12 and tokenizer.eos_token_id not in cut
+    assert len(cut) == 12 and tokenizer.eos_token_id not in cut + cut_before
 
 
 # Data ---------------------------------------------------------------------------------------------
@@ -540,16 +510,15 @@ FORMATS = {  # name -> a raw row, its prompt; the responses are always good and 
     "the last of the shared turns": ({"prompt": "r"} | chats("q", "a", "r"), chat("q", "a", "r")),
     "orca": ({"system": "s", "question": "q"} | texts(), [SYSTEM, *chat("q")]),
     "tldr": (TLDR, "SUBREDDIT: r/s\nTITLE: t\nPOST: long\nTL;DR:"),
-    "hh at once": (texts(HEAD.strip()), HEAD),
-    "hh of windows": (texts(HEAD.replace("\n", "\r\n")), HEAD),
+    "hh at once, of windows": (texts(HEAD.strip().replace("\n", "\r\n")), HEAD),
     "prompt repeated": ({"prompt": "The sky is"} | texts("The sky is"), "The sky is"),
     "not repeated": ({"prompt": "g"} | texts("", "good"), "g"),
     "parts": ({"prompt": chat([{"type": "text", "text": "The "}, {"text": "sky"}])}, chat("The sky"))}
 WRITERS = {".jsonl": datasets.Dataset.to_json, ".csv": datasets.Dataset.to_csv,
            ".parquet": datasets.Dataset.to_parquet,
            "": lambda data, path: data.with_format("numpy", ["prompt"]).save_to_disk(path)}
-FILES = [(name, ".jsonl") for name in FORMATS]
-FILES += [("hh", ".csv"), ("conversational", ".parquet"), ("conversational", "")]
+FILES = [*itertools.product(FORMATS, [".jsonl"]), ("hh", ".csv"), ("conversational", ".parquet"),
+         ("conversational", "")]
 
 
 @mark.parametrize("name, suffix", FILES)
@@ -564,10 +533,7 @@ def test_every_format_of_data(tmp_path, name, suffix):
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
     ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
-    ({"prompt": "q", "chosen": str(chat("q", "a")), "rejected": "b"}, "messages that are one text"),
-    ({"prompt": 5}, "of the type int"),
-    ({"prompt": None} | texts(), "without text"),
-    ({"prompt": chat("q", "\u200b", "r")}, "without text"),
+    ({"prompt": 5}, "of the type int"), ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
     (texts(HEAD, " good\n\nHuman: r\n\nAssistant: c"), "a role marker inside"),
     ({"prompt": chat("q", "a")}, "does not end with a user's"),
@@ -584,7 +550,7 @@ def test_whatever_path_a_shell_takes_is_read(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
         rows.to_csv(tmp_path / folder / "a[1].csv")
         monkeypatch.chdir(tmp_path / folder)
-        for name in (*names, "a[1].csv", "./a[1].csv", "../json/a[1].csv"):
+        for name in (*names, "a[1].csv"):
             assert usable_rows(name) == [("None", "NA", "null")]
     for name, expected in ((".", "brackets"), ("no.jsonl", "No such"), ("a/b-v0.1", "on the Hub")):
         with stopped(expected):
@@ -619,15 +585,12 @@ def data_of(path, more="", *others):
 
 
 @mark.parametrize("content, expected", [
-    ('{"text": "a"}', "fit no known format"),
-    ("", "it is empty"),
+    ('{"text": "a"}', "fit no known format"), ("", "it is empty"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
     ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
     ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: input;.* rename it to prompt"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-    with stopped("No such file"):
-        data_of(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(content)
     with stopped(expected):
         data_of(tmp_path / "data.jsonl")
@@ -641,42 +604,37 @@ def test_a_run_reads_no_more_rows_than_it_can_use(tmp_path, monkeypatch):
         --num_train_prompts 20 --num_eval_prompts 9 --num_eval_pairs 10""")
     assert osp.parse_row.call_count <= 2000
     assert (len(data.examples), len(data.held_out)) == (20, 9)
-    trained, held_out = [{prompt for prompt, *_ in pairs} for pairs in (data[0], data.held_out_preferences)]
+    trained, held_out = [{row.prompt for row in part} for part in (data.examples, data.held_out)]
+    trained |= {prompt for prompt, *_ in data.preferences}
     assert 60 < len(trained) <= 80
     assert not trained & held_out
-    assert {row.prompt for row in data.examples} <= trained
-    assert {row.prompt for row in data.held_out} <= held_out
 
 
-@mark.parametrize("most, expected", [(3, 3), (100, 9)])
-def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path, most, expected):
+def test_a_tenth_of_the_prompts_is_held_out_however_few_rows_are_needed(tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [{"prompt": f"what is {i % 90} ?"} for i in range(900)])
-    data = data_of(path, f"--num_train_prompts 1 --num_eval_prompts {most} --num_eval_pairs 1")
-    assert len(data.held_out) == expected
+    data = data_of(path, "--num_train_prompts 1 --num_eval_prompts 100 --num_eval_pairs 1")
+    assert len(data.held_out) == 9
 
 
-def test_splits_are_drawn_from_and_not_taken_from_their_top(tmp_path):
-    rows = datasets.Dataset.from_list([{"prompt": f"{i:03}"} for i in range(300)])
-    datasets.DatasetDict(train=rows, ood=rows).save_to_disk(tmp_path)
-    prompts = [row.prompt for row in data_of(tmp_path, "--num_eval_prompts 5").ood]
-    assert len(prompts) == 5 and max(prompts) > "020"
-
-
-@mark.parametrize("train, test", [("parts", "hh"), ("hh", "parts")])
-def test_a_split_of_pairs_beside_one_of_prompts(tmp_path, train, test):
+@mark.parametrize("paired", ["train", "test"])
+def test_each_split_has_pairs_or_prompts_and_is_not_read_from_its_top(tmp_path, paired):
     """SFT goes by the rows to train on, the judge's figures by those that are held out."""
-    own, held_out = [datasets.Dataset.from_list([FORMATS[name][0]]) for name in (train, test)]
-    datasets.DatasetDict(train=own, test=held_out).save_to_disk(tmp_path)
-    data = data_of(tmp_path)
-    assert [bool(data.preferences), bool(data.held_out_preferences)] == [train == "hh", test == "hh"]
+    splits = datasets.DatasetDict()
+    for split, more in {"train": {}, "test": {}, "ood": {}, paired: texts()}.items():
+        rows = [{"prompt": f"{split} {i:03}"} | more for i in range(300)]
+        splits[split] = datasets.Dataset.from_list(rows)
+    splits.save_to_disk(tmp_path)
+    data = data_of(tmp_path, "--num_eval_prompts 5")
+    assert bool(data.preferences) == (paired == "train")
+    assert bool(data.held_out_preferences) == (paired == "test")
+    assert len(data.ood) == 5 and max(row.prompt for row in data.ood) > "ood 020"
 
 
 def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, capsys):
     refusal = "{% if m.role == 'system' %}{{ raise_exception('no system') }}{% endif %}"
     strict = byte_level_tokenizer(CHAT.replace(LOOP, LOOP + refusal, 1))
-    prompts = [chat("the cat sat on the mat " * 200), chat("hi"), chat("<|endoftext|>")]
-    rows = [{"prompt": prompt, "question": "q", "chosen": "c"}
-            for prompt in [[SYSTEM, *chat("hi")], *prompts]]
+    prompts = [*map(chat, ("the cat on the mat " * 200, "hi", "<|endoftext|>")), [SYSTEM, *chat("hi")]]
+    rows = [{"prompt": prompt, "question": "q", "chosen": "c"} for prompt in prompts]
     data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
     assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
@@ -685,32 +643,22 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
         assert words in shown
 
 
-KEYS = st.sampled_from(["role", "content", "post", "text"])
-SCRAP = st.recursive(
-    st.none() | st.integers() | st.floats() | TEXT,
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(KEYS, inner, max_size=3), max_leaves=6)
-TURNS = st.lists(TEXT, min_size=1, max_size=4).map(lambda texts: chat(*texts))
-READ = st.sampled_from("prompt question system chosen rejected info summaries choice".split())
+SCRAP = [None, 5, "\u200b", [], [None], [{"role": "user"}], [{"role": 5, "content": "q"}],
+         [{"text": None}] * 2]
 
 
-@given(st.dictionaries(READ, SCRAP | TEXT | TURNS | st.just(TLDR["info"])))
-@settings(max_examples=100, deadline=None)
-def test_whatever_stands_in_a_row_it_is_parsed_or_counted(raw):
-    parsed = osp.parse_row(raw)
-    if isinstance(parsed, tuple):
-        prompt, *responses = parsed
-        assert osp.transcript(prompt).strip()
-        assert len(set(responses)) == len(responses) in (0, 2)
-        assert all(response and response.strip() == response for response in responses)
-    else:
-        assert parsed.strip()  # why it is dropped
+@mark.parametrize("raw, prompt", FORMATS.values())
+def test_whatever_stands_in_a_row_it_is_parsed_or_counted(raw, prompt):
+    for field, scrap in itertools.product(raw, SCRAP):
+        parsed = osp.parse_row(raw | {field: scrap})  # or why it is dropped
+        found = [parsed] if isinstance(parsed, str) else [osp.transcript(parsed[0]), *parsed[1:]]
+        assert all(text.strip() for text in found)
 
 
 # Built-in task ------------------------------------------------------------------------------------
 @mark.parametrize("response, gold", [
-    ("rain is gentle .", 0.75), ("snow is ugly .", -0.75), ("rain is gentle", 0),
-    ("rain is gentle . rain is gentle .", 0.75), ("rain is gentle now . rain is ugly .", 0.25),
-    ("rain is warm . rain is calm . rain is sweet . rain is lovely .", 2.25)])
+    ("snow is ugly .", -0.75), ("rain is gentle", 0), ("rain is gentle . rain is gentle .", 0.75),
+    ("rain is gentle now . rain is ugly .", 0.25)])
 def test_gold_reward_by_hand(response, gold):
     assert osp.gold_reward(RAIN, response) == gold
     strength = osp.true_strength(RAIN, response, "rain is gentle .")
@@ -733,9 +681,8 @@ def test_built_in_task():
 # Wrong input --------------------------------------------------------------------------------------
 @mark.parametrize("words, expected", [
     ("--num_generations 1", "--num_generations is 1: it must be at least 2"),
-    ("--learning_rate nan", "--learning_rate is nan"),
+    ("--learning_rate nan", "--learning_rate is nan"), ("--method ops", "'ops'.*osp"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
-    ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
     ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of train, test, ood"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models")])
@@ -745,10 +692,10 @@ def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     assert not (tmp_path / "run").exists()
 
 
-def layered(layers=3):
-    """Its configuration says another number of layers than its weights have, which is 2."""
+def configured(**other):
+    """Its configuration says something else than its weights, which have 2 layers."""
     model = rotary()
-    model.config.num_hidden_layers = layers
+    model.config.update(other)
     return model
 
 
@@ -759,9 +706,19 @@ def broken(part="model.embed_tokens"):
     return model
 
 
+def grown(part, *names):
+    """A module has tensors that its class does not read."""
+    model = rotary()
+    for name in names:
+        model.get_submodule(part).register_parameter(name, torch.nn.Parameter(torch.ones(2)))
+    return model
+
+
 @mark.parametrize("make, expected", [
     (lambda: rotary(99), "embeds only"),
-    (layered, "lacks weights, such as model.layers.2"),
+    (lambda: configured(num_hidden_layers=3), "lacks weights, such as model.layers.2"),
+    (lambda: configured(quantization_config={"quant_method": "new"}), "is quantized"),
+    (lambda: grown("model.norm", "bias", "lora_A"), "2 tensors of its own modules, such as .*bias and"),
     (broken, "NaN.*model.embed_tokens.weight"),
     (functools.partial(tiny, transformers.BertConfig), "off by"),  # it sees what follows
     (functools.partial(tiny, transformers.FalconConfig, hidden_dropout=0.5, alibi=False), "off by"),
@@ -771,59 +728,29 @@ def test_models_that_do_not_fit_are_refused(tmp_path, make, expected):
         loaded(tmp_path, make())
 
 
-def unread(*names):
-    """Adds tensors to a model's file that its class does not read."""
-    def change(folder):
-        path = Path(folder) / "model.safetensors"
-        weights = load_file(path) | {name: torch.ones(2) for name in names}
-        save_file(weights, path, {"format": "pt"})
-    return change
+@mark.parametrize("make, name", [(lambda: grown("", "v_head"), "v_head"),
+                                 (lambda: configured(num_hidden_layers=1), "model.layers.1")])
+def test_tensors_of_modules_that_a_model_does_not_have_are_named(tmp_path, capsys, make, name):
+    loaded(tmp_path, make())
+    assert f"tensors are not read, such as {name}" in capsys.readouterr().out
 
 
-def quantized(folder):
-    config = Path(folder) / "config.json"
-    settings = json.loads(config.read_text()) | {"quantization_config": {"quant_method": "new"}}
-    config.write_text(json.dumps(settings))
-
-
-def adapted(folder):
-    (Path(folder) / "adapter_config.json").write_text("{}")
-
-
-LAYER = "model.layers.0.self_attn.q_proj."
-
-
-@mark.parametrize("change, expected", [
-    (quantized, "is quantized"), (adapted, "holds an adapter"),
-    (unread(LAYER + "bias", LAYER + "lora_A.weight"), "2 tensors of its own modules, such as .*bias and")])
-def test_files_that_hold_something_else_are_refused(tmp_path, change, expected):
-    folder = saved(tmp_path, rotary())
-    change(folder)
-    with stopped(expected):
-        osp.load_model(folder, arguments())
-
-
-def test_tensors_of_modules_that_a_model_does_not_have_do_no_harm(tmp_path, capsys):
-    folder = saved(tmp_path, rotary())
-    unread("v_head.summary.weight")(folder)
-    osp.load_model(folder, arguments())
-    assert "1 tensors are not read, such as v_head.summary.weight" in capsys.readouterr().out
-
-
-def test_a_text_always_becomes_the_same_tokens(tmp_path):
+def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
+    """A special token that no text reaches may be beyond the embedding. No merge is dropped."""
     tokenizer = byte_level_tokenizer()
     tokenizer.backend_tokenizer.model.dropout = 0.9
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
     _, read = osp.load_model(saved(tmp_path, rotary(), tokenizer), arguments())
     assert len({tuple(read("the cat sat on the mat").input_ids) for _ in range(9)}) == 1
-
-
-def test_a_special_token_that_no_text_reaches_may_be_beyond_the_embedding(tmp_path):
-    tokenizer = byte_level_tokenizer()
-    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
-    loaded(tmp_path, rotary(), tokenizer)
     tokenizer.add_tokens(["gentle"])
     with stopped("embeds only"):
-        loaded(tmp_path / "words", rotary(), tokenizer)
+        loaded(tmp_path, rotary(), tokenizer)
+    tokenizer.eos_token = None
+    with stopped("no EOS token"):
+        loaded(tmp_path, rotary(), tokenizer)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with stopped("holds an adapter"):
+        osp.load_model(str(tmp_path), arguments())
 
 
 def test_processes_that_use_different_parameters_are_stopped(monkeypatch):
@@ -834,64 +761,43 @@ def test_processes_that_use_different_parameters_are_stopped(monkeypatch):
 
 def test_only_layers_whose_weights_no_other_one_uses_are_divided_alone(monkeypatch):
     """As in Zamba: one block stands in two layers."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    divided, (own, shared, one, two) = [], [GradientCheckpointingLayer() for _ in range(4)]
-    own.part, shared.part = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
-    one.part = two.part = shared
-    model = torch.nn.ModuleList([own, one, two])
+    divided, shared = [], torch.nn.Linear(2, 2)
+    layers = [transformers.modeling_layers.GradientCheckpointingLayer() for _ in range(3)]
+    for layer, part in zip(layers, (torch.nn.Linear(2, 2), shared, shared)):
+        layer.part = part
+    model = torch.nn.ModuleList(layers)
     monkeypatch.setattr(osp, "WORLD", 2)
     monkeypatch.setattr("torch.distributed.fsdp.fully_shard", divided.append)
     osp.placed(model, Arguments())
-    assert divided == [own, model]
+    assert divided == [layers[0], model]
 
 
-def test_a_class_that_keeps_all_logits_is_read_at_those_that_were_asked_for():
-    every = torch.arange(10.0).reshape(1, 5, 2)
+@mark.parametrize("keep, columns", [(2, [3, 4]), (torch.tensor([1, 3]), [1, 3])])
+def test_a_class_that_keeps_all_logits_is_read_at_those_that_were_asked_for(keep, columns):
+    every, ids = torch.arange(10.0).reshape(1, 5, 2), torch.ones(1, 5, dtype=torch.long)
     model = mock.Mock(return_value=mock.Mock(logits=every))
-    ids = torch.ones(1, 5, dtype=torch.long)
-    assert torch.equal(osp.forward(model, ids, ids, 2), every[:, -2:])
-    assert torch.equal(osp.forward(model, ids, ids, torch.tensor([1, 3])), every[:, [1, 3]])
+    assert torch.equal(osp.forward(model, ids, ids, keep), every[:, columns])
 
 
 @mark.parametrize("kind, most", [("longrope", 64), ("yarn", 1024)])
 def test_texts_end_where_a_rotation_would_go_by_the_longest_of_a_batch(kind, most):
-    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64}
-    if kind == "longrope":
-        rope |= {"short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
-    model = rotary()
-    model.config.rope_parameters = rope
+    model = configured(rope_parameters={
+        "rope_type": kind, "rope_theta": 1e4, "factor": 16.0, "original_max_position_embeddings": 64,
+        "short_factor": [1.0] * 4, "long_factor": [4.0] * 4})
     assert osp.context_length(model) == most
 
 
 def test_no_more_prompts_than_a_micro_batch_are_read_at_once(monkeypatch):
     """Long prompts stand by themselves."""
-    models, lengths, prefill = builtin_models(0, 0, 0), [], osp.prefill
-
-    def noted(model, prompt_ids, *room):
-        lengths.append(sorted({len(ids) for ids in prompt_ids}))
-        return prefill(model, prompt_ids, *room)
-
-    monkeypatch.setattr(osp, "prefill", noted)
+    models, prefill = builtin_models(0, 0, 0), mock.Mock(wraps=osp.prefill)
+    monkeypatch.setattr(osp, "prefill", prefill)
     prompts = [RAIN, "rain", RAIN + " rain", "rain tea"]
     rows = osp.distinct_prompts(models.tokenizer, [(prompt,) for prompt in prompts], 4)
-    args = arguments("--micro_batch_size 2 --max_new_tokens 2")
-    found = osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
-    short, *_, long = lengths  # and those of the check
+    found = [osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, arguments(words))
+             for words in ("--micro_batch_size 2 --max_new_tokens 2", "--max_new_tokens 2")]
+    assert found[0] == found[1]
+    short, long, *_ = [[len(ids) for ids in call.args[1]] for call in prefill.call_args_list]
     assert max(short) < min(long)
-    args = arguments("--max_new_tokens 2")
-    assert found == osp.respond(models.policy, models.tokenizer, rows, [0, 1, 2], 0, args)
-
-
-def test_a_tokenizer_without_eos_is_refused(tmp_path):
-    tokenizer = byte_level_tokenizer()
-    tokenizer.eos_token = None
-    with stopped("no EOS token"):
-        loaded(tmp_path, rotary(), tokenizer)
-
-
-def test_weights_that_match_nothing_are_named(tmp_path, capsys):
-    loaded(tmp_path, layered(1))
-    assert "are not read, such as model.layers.1" in capsys.readouterr().out
 
 
 def test_a_model_with_recurrent_layers_runs_by_plain_passes(tmp_path, capsys):
@@ -912,19 +818,17 @@ TURN = "<{{ m.role }}>"
 USER_PARTS = ("{% if m.role == 'user' %}{% for p in m.content %}{{ p.text }}{% endfor %}"
               "{% else %}{{ m.content }}{% endif %}")
 THINKING = "{% if m.role == 'assistant' %}<think></think>{% endif %}{{ m.content }}"
-REFUSAL = "{{ raise_exception('not today') }}"
 
 
 @mark.parametrize("template, expected", [  # of an answer: before it | it, and its end
     (TURN + "{{ m.content }}<end>", "<user>hi<end><assistant>|a cat<end>"),
     (TURN + " {{ m.content }}\n<end>\n", "<user> hi\n<end>\n<assistant>| a cat\n<end>"),
     (TURN + THINKING + "<end>", "<user>hi<end><assistant><think></think>|a cat<end>"),
-    (TURN + "{% for p in m.content %}{{ p.text }}{% endfor %}<end>", "<user>hi<end><assistant>|a cat<end>"),
     (TURN + USER_PARTS + "<end>", "<user>hi<end><assistant>|a cat<end>"),
     (TURN + "{{ m.content }}\n", "<user>hi\n<assistant>|a cat<|endoftext|>"),
     (TURN + "{{ strftime_now('%-d %b %Y') }} {{ m.content }}<end>",
      "<user>1 Jan 2026 hi<end><assistant>1 Jan 2026| a cat<end>"),
-    ("", "leaves out"), (TURN, "leaves out"), (REFUSAL, "not today")])
+    ("", "leaves out"), (TURN, "leaves out"), ("{{ raise_exception('not today') }}", "not today")])
 def test_an_answer_is_framed_as_the_template_frames_it(template, expected):
     tokenizer = byte_level_tokenizer(LOOP + template + "{% endfor %}")
     tokenizer.add_special_tokens({"additional_special_tokens": ["<end>"]})
@@ -936,10 +840,6 @@ def test_an_answer_is_framed_as_the_template_frames_it(template, expected):
                        osp.encode_responses(tokenizer, ["hi"], ["a cat"], 99)]
     assert tokenizer.decode(ids) + "|" + tokenizer.decode(answer) == expected
     assert answer[-1] in osp.stop_token_ids(rotary(), tokenizer)
-
-
-def test_a_cut_response_has_no_end():
-    assert osp.encode_responses(TALK, ["hi"], ["the cat"], 99, ended=False)[0][-1] != TALK.eos_token_id
 
 
 def test_control_tokens_are_those_that_the_template_writes():
@@ -1034,36 +934,16 @@ def test_every_run_leaves_its_figures_and_a_table(finished):
         assert re.search(f"\n{name} .*{run.summary[name]:.3f}\n", run.said)
 
 
-def test_max_steps_0_only_evaluates(tmp_path):
-    found = run(tmp_path, "--max_steps 0")
-    assert found.lines == [] and abs(found.summary["kl"]) < 1e-5
-    assert torch.equal(found.weights, weights_in(tmp_path / "sft"))
-
-
-@mark.parametrize("name, value", [
-    ("judge_accuracy", 0.54),  # two standard errors at 400 pairs are 0.05
-    ("judge_overconfidence", 0.16), ("order_agreement", 0.6), ("strength_spread", 0.01),
-    ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
+@mark.parametrize("name, value", [  # two standard errors of accuracy at 400 pairs are 0.05
+    ("judge_accuracy", 0.54), ("judge_overconfidence", 0.16), ("order_agreement", 0.6),
+    ("strength_spread", 0.01), ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
 def test_figures_that_mean_nothing_are_warned_of(name, value):
-    good = {
-        "held_out_prompts": 9, "self_judged": True, "cut_fraction": 0.1, "judge_pairs": 400,
-        "judge_accuracy": 0.56, "order_agreement": 0.8, "strength_spread": 0.1, "distinct_4grams": 0.6,
-        "distinct_4grams_sft": 0.8, "response_tokens": 10, "response_tokens_sft": 10,
-        "longer_preferred": 0.8}
+    good = {"held_out_prompts": 9, "self_judged": True, "cut_fraction": 0.1, "judge_pairs": 400,
+            "judge_accuracy": 0.56, "order_agreement": 0.8, "longer_preferred": 0.8,
+            "strength_spread": 0.1, "response_tokens": 10, "response_tokens_sft": 10,
+            "distinct_4grams": 0.6, "distinct_4grams_sft": 0.8}
     tables = [osp.report_table(figures, "OSP") for figures in (good, good | {name: value})]
     assert [table.count("Warning") for table in tables] == [0, 1]
-
-
-@mark.parametrize("more, self_judged", [
-    ("--gradient_checkpointing", True),
-    ("--method tso --label_margin 1e-9 --eval_judge_name_or_path {model}", False)])
-def test_a_real_model_folder_with_chat_template_and_prompts_alone(tmp_path, real, more, self_judged):
-    folder, words = real
-    found = run(tmp_path, words, "--max_steps 2", more.format(model=folder / "model"))
-    assert found.summary["self_judged"] is self_judged
-    assert not {"gold_reward", "judge_accuracy"} & found.summary.keys()
-    assert found.weights.dtype == torch.float32
-    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
 
 
 def living_models():
@@ -1072,8 +952,12 @@ def living_models():
     return sum(type(one) is transformers.LlamaForCausalLM for one in gc.get_objects())
 
 
-def test_bf16_trains_fp32_weights_with_two_models_of_one_arithmetic(tmp_path, monkeypatch):
-    """While a step is logged the policy and the frozen start are alive, and no third model."""
+@mark.parametrize("more, judges, most", [
+    ("--bf16 --gradient_checkpointing", True, 2),
+    ("--bf16 --method tso --label_margin 1e-9 --eval_judge_name_or_path {model}", False, 4)])
+def test_a_real_model_on_prompts_alone(tmp_path, monkeypatch, real, more, judges, most):
+    """While a step is logged, in memory are the policy and the frozen start; for TSO, its reference; and
+    the judge of the evaluation."""
     alive, before, step_figures = [], living_models(), osp.step_figures
 
     def figures(*args):
@@ -1081,10 +965,13 @@ def test_bf16_trains_fp32_weights_with_two_models_of_one_arithmetic(tmp_path, mo
         return step_figures(*args)
 
     monkeypatch.setattr(osp, "step_figures", figures)
-    found = run(tmp_path, "--bf16 --max_steps 1 --num_eval_prompts 2 --sft_max_steps 1")
-    assert found.weights.dtype == torch.float32
+    found = run(tmp_path, real[1], "--max_steps 1", more.format(model=real[0] / "model"))
+    assert alive == [most]
     assert found.lines[0]["kl"] == 0 and found.lines[0]["loss"] == approx(math.log(2))
-    assert alive == [2]
+    assert found.summary["self_judged"] is judges
+    assert not {"gold_reward", "judge_accuracy"} & found.summary.keys()
+    assert found.weights.dtype == torch.float32
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template == CHAT
 
 
 def test_a_step_of_identical_pairs_makes_no_update(tmp_path, monkeypatch):
@@ -1097,20 +984,12 @@ def test_a_step_of_identical_pairs_makes_no_update(tmp_path, monkeypatch):
 
 
 # Save and resume ----------------------------------------------------------------------------------
-def test_a_run_gone_on_with_equals_one_left_alone(tmp_path, finished):
-    """TSO's checkpoint holds a reference that has moved."""
-    folder = killed(tmp_path, MORE_OF["tso"], osp, "train_step", 6)
-    assert same_runs(run(folder, MORE_OF["tso"]), finished["tso"])
-
-
-def test_a_checkpoint_is_written_after_every_save_steps_steps_and_not_after_the_last(
-        tmp_path, monkeypatch):
-    monkeypatch.setattr(osp, "save_checkpoint", lambda models, path, step: saved.append(step))
-    for save_steps, expected in ((3, [3, 6]), (0.4, [4, 8])):
-        saved = []
-        args = Arguments(output_dir=tmp_path, save_steps=save_steps)
-        list(osp.resumable_steps("sft", 9, None, args))
-        assert saved == expected
+@mark.parametrize("save_steps, expected", [(3, [3, 6]), (0.4, [4, 8])])
+def test_a_checkpoint_is_not_written_after_the_last_step(tmp_path, monkeypatch, save_steps, expected):
+    monkeypatch.setattr(osp, "save_checkpoint", mock.Mock())
+    args = Arguments(output_dir=tmp_path, save_steps=save_steps)
+    list(osp.resumable_steps("sft", 9, None, args))
+    assert [call.args[2] for call in osp.save_checkpoint.call_args_list] == expected
 
 
 def apart(work, *args):
@@ -1163,10 +1042,11 @@ MOMENTS = [
 
 
 def test_a_run_killed_anywhere_ends_as_one_left_alone(tmp_path, finished):
+    """TSO's last checkpoint holds a reference that has moved."""
     for moment in MOMENTS:
-        killed(tmp_path, "", *moment)
-    assert same_runs(run(tmp_path), finished["osp"])
-    assert files_in(tmp_path).keys() == files_in(finished["osp"].folder).keys()
+        killed(tmp_path, MORE_OF["tso"], *moment)
+    assert same_runs(run(tmp_path, MORE_OF["tso"]), finished["tso"])
+    assert files_in(tmp_path).keys() == files_in(finished["tso"].folder).keys()
 
 
 @mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -1191,19 +1071,17 @@ def locked(folder):
     return lock
 
 
-@mark.parametrize("change, more, sentence", [
-    (lambda folder: None, "--beta 0.5", r"other arguments \(beta was 0.1, is 0.5\): give the same"),
-    (locked, "", "Another process is at work in"),
-    (lambda folder: os.truncate(folder / "metrics.pt", 999), "",
+@mark.parametrize("change, sentence", [
+    (locked, "Another process is at work in"),
+    (lambda folder: os.truncate(folder / "metrics.pt", 999),
      "Cannot read the checkpoint .*metrics.pt .*: remove it"),
-    (lambda folder: (folder / "arguments.json").unlink(), "", "other files and no run")])
-def test_what_cannot_go_on_ends_in_one_sentence_and_changes_nothing(
-        tmp_path, broken_off, change, more, sentence):
+    (lambda folder: (folder / "arguments.json").unlink(), "other files and no run")])
+def test_what_cannot_go_on_says_so_and_changes_nothing(tmp_path, broken_off, change, sentence):
     folder = shutil.copytree(broken_off, tmp_path / "run")
     held = change(folder)
     before = files_in(folder)
     with stopped(sentence):
-        run(folder, more)
+        run(folder)
     changed = {name for name, _ in files_in(folder).items() ^ before.items()}
     assert changed <= {"arguments.json"}  # which names its folder
     del held  # the lock
@@ -1215,10 +1093,6 @@ def test_a_finished_run_is_shown_and_not_done_again(monkeypatch, finished):
     before = files_in(found.folder)
     again = run(found.folder, MORE_OF["tso"])
     assert osp.report_table(found.summary, "TSO") in again.said
-    assert files_in(found.folder) == before
-    for name in ("sft.pt", "metrics.pt", ".metrics.pt.partial"):  # which a kill may leave
-        (found.folder / name).touch()
-    run(found.folder, MORE_OF["tso"], "--micro_batch_size 3")
     assert files_in(found.folder) == before
 
 
@@ -1244,19 +1118,13 @@ def test_other_data_or_weights_under_an_old_name_are_refused(tmp_path, monkeypat
         run(folder, words)
 
 
-@mark.parametrize("error", [
-    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"),
-    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
+@mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                            RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory")])
 def test_out_of_memory_names_the_option_that_helps(tmp_path, broken_off, monkeypatch, error):
     folder = shutil.copytree(broken_off, tmp_path / "run")
     monkeypatch.setattr(osp, "train_step", mock.Mock(side_effect=error))
     with stopped("--micro_batch_size.* goes on from step 4 of metrics.jsonl", code=1):
         run(folder)
-
-
-def test_a_figure_that_is_no_number_is_called_so():
-    with stopped("no number .*learning rate", code=1):
-        osp.as_json({"kl": math.inf})
 
 
 def test_help_has_groups_and_a_phrase_for_each_option(capsys, monkeypatch):
@@ -1266,19 +1134,21 @@ def test_help_has_groups_and_a_phrase_for_each_option(capsys, monkeypatch):
     shown = capsys.readouterr().out
     titles = "options,method,SFT,data and folder,speed and memory,evaluation,tso,collect".split(",")
     assert re.findall(r"^(\w.*):$", shown, re.M) == titles
-    helps = re.findall(r"^  --.*\n? {4,}(\S.*) \(default", shown, re.M)
+    helps = {*re.findall(r"^  --.*\n? {4,}(\S+ \S+ \S.*) \(default", shown, re.M)}
     assert len(helps) == len(dataclasses.fields(Arguments)) + 1
-    assert len({*helps}) == len(helps) and min(len(text.split()) for text in helps) > 2
 
 
-def test_any_place_will_do(tmp_path, monkeypatch):
+def test_any_place_will_do_and_max_steps_0_only_evaluates(tmp_path, monkeypatch):
     """No locks; half of a launcher's variables; nobody who reads."""
     monkeypatch.setattr(fcntl, "flock", mock.Mock(side_effect=OSError(37, "No locks available")))
-    assert "No locks available" in run(tmp_path, "--max_steps 0 --sft False").said
+    found = run(tmp_path, "--max_steps 0")
+    assert "No locks available" in found.said
+    assert found.lines == [] and abs(found.summary["kl"]) < 1e-5
+    assert torch.equal(found.weights, weights_in(tmp_path / "sft"))
     reader, writer = os.pipe()
     os.close(reader)
     alone = os.environ | {"MASTER_ADDR": "here", "RANK": "1", "WORLD_SIZE": "2"}
-    shown = [sys.executable, osp.__file__, *command(tmp_path, "--max_steps 0 --sft False")]
+    shown = [sys.executable, osp.__file__, *command(tmp_path, "--max_steps 0")]
     done = subprocess.run(shown, stdout=writer, stderr=subprocess.PIPE, env=alone)
     assert (done.returncode, done.stderr) == (0, b"")
 
@@ -1290,17 +1160,17 @@ def test_the_commands_of_the_readme(tmp_path, monkeypatch, real):
     typed = re.findall(r"^python osp.py ([^#`]*?)(?: *#.*)?\n(?! )", readme, re.M)
     for name in {*re.findall("--model_name_or_path (.+?) ", readme)}:
         shutil.copytree(real[0] / "model", name)
-    for name in ("my-prompts.jsonl", "PROMPTS/prompts.jsonl"):
-        Path(name).parent.mkdir(exist_ok=True)
-        shutil.copy(real[0] / "prompts.jsonl", name)
-    heads = [f"\n\nHuman: {i}?\n\nAssistant: " for i in range(40)]
-    rows = [{"chosen": head + "yes", "rejected": head + "no"} for head in heads]
-    Path("Anthropic/hh-rlhf/harmless-base").mkdir(parents=True)
-    write_lines(Path("Anthropic/hh-rlhf/harmless-base/train.jsonl"), rows)
+    pairs = [texts(f"\n\nHuman: {i}?\n\nAssistant:") for i in range(40)]
+    prompts = [{"prompt": pair["chosen"].removesuffix(" good")} for pair in pairs]
+    for name, rows in (("my-prompts", prompts), ("PROMPTS/prompts", prompts),
+                       ("Anthropic/hh-rlhf/harmless-base/train", pairs)):
+        path = Path(f"{name}.jsonl")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_lines(path, rows)
     with mock.patch("builtins.input", return_value="1"):
         for words in typed:
-            words = words.replace("\\\n", "")
-            osp.main(f"{words} {QUICK} --max_new_tokens 8 {COLLECT[17:]}".split())
+            words = f"{words} {QUICK} --max_new_tokens 8 {COLLECT[17:]}"
+            osp.main(words.replace("\\\n", "").split())
     assert len(typed) == 4
 
 
@@ -1466,11 +1336,10 @@ def test_no_character_of_a_response_controls_the_terminal(monkeypatch, capsys):
     monkeypatch.setattr("sys.stdin", io.StringIO("1\n"))
     evil = "\x1b[2Jred\x07\x9b5n \u202eright to left\ttab é 雪"
     osp.read_answer(pair_of(evil, "fine"), "0 of 3")
+    osp.say(f"{evil} in the examples, and whatever else is printed of data")
     shown = capsys.readouterr().out
     assert not {*"\x1b\x07\x9b\u202e\t"} & {*shown}
-    assert "é 雪" in shown and "red" in shown
-    osp.say(f"{evil} in the examples, and whatever else is printed of data")
-    assert not {*"\x1b\x07\x9b\u202e\t"} & {*capsys.readouterr().out}
+    assert shown.count("é 雪") == shown.count("red") == 2
 
 
 def test_the_steps_of_collection_by_hand():
@@ -1481,17 +1350,16 @@ def test_the_steps_of_collection_by_hand():
     assert osp.widest_spreads(candidates, 0.01) == [1]
     pairs = [pair_of(*texts) for texts in [
         ("a b c", "d e f", 0.7), ("a b c", "a b c"), ("a b c d", "a b c e", 0.7), ("a", "b", 0.52),
-        ("c", "d", 0.3), ("e", "f", 0.97), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7),
-        ("k l", "k m", 0.8)]]
+        ("c", "d", 0.3), ("g", "h", 0.02), ("i\n\nHuman:", "j", 0.7), ("k l", "k m", 0.8)]]
     shown = set()
     for seed in range(9):
         args = Arguments(max_similarity=0.7, seed=seed)
         asked, counts = osp.worth_asking(copy.deepcopy(pairs), args)
-        assert counts == {
-            "pairs": 9, "usable": 7, "not_alike": 6, "no_tie": 5, "no_landslide": 3, "questions": 2}
-        shown.add(tuple((one.better.text, round(one.strength, 6)) for one in asked))
-    orders = itertools.product([("a b c", 0.7), ("d e f", 0.3)], [("c", 0.3), ("d", 0.7)])
-    assert shown == {*orders}  # all of them, in random order; p is of the first one shown
+        shown |= {(one.better.text, round(one.strength, 6)) for one in asked}
+    assert counts == {
+        "pairs": 8, "usable": 6, "not_alike": 5, "no_tie": 4, "no_landslide": 3, "questions": 2}
+    # in random order; p is of the first one shown
+    assert shown == {("a b c", 0.7), ("d e f", 0.3), ("c", 0.3), ("d", 0.7)}
 
 
 # Golden vectors for ports -------------------------------------------------------------------------
@@ -2048,13 +1916,9 @@ def spce_method(args):
 
 
 VECTORS = {  # file -> what makes its items
-    "loss": loss_vectors,
-    "pairs": pair_vectors,
-    "optimizer": optimizer_vectors,
-    "draws": draw_vectors,
-    "text": text_vectors,
-    "rotary": lambda: model_vectors("rotary"),
-    "absolute": lambda: model_vectors("absolute"),
+    "loss": loss_vectors, "pairs": pair_vectors, "optimizer": optimizer_vectors,
+    "draws": draw_vectors, "text": text_vectors,
+    "rotary": lambda: model_vectors("rotary"), "absolute": lambda: model_vectors("absolute"),
     "sft": sft_vectors,
     "steps_rotary": lambda: step_vectors("rotary", spce_method, GIVEN["steps_rotary"]),
     "steps_absolute": lambda: step_vectors("absolute", spce_method, GIVEN["steps_absolute"]),
@@ -2119,8 +1983,6 @@ def test_vectors_are_those_of_yesterday_and_float32_is_within_their_tolerances(f
     assert total == approx(GOLDEN[file], rel=1e-8, abs=1e-8)
     found = gaps(vectors(file), right)
     assert max(found.values()) < 1, max(found, key=found.get)
-    for scores in itertools.chain(*(right[name] for name in right if name.endswith("scores"))):
-        assert np.diff(np.unique(scores)).min(initial=1) > 5e-4  # no near tie
 
 
 def mean_of_micro_batches(real, model, items, size, args):
@@ -2131,11 +1993,11 @@ def mean_of_micro_batches(real, model, items, size, args):
         yield part, weight * losses_in(items) / losses_in(part) / math.ceil(len(items) / size)
 
 
-def masked_by_id(pad, real, *args):
-    """Padding is a token, and the mask goes by its id."""
+def masked_by_id(real, *args):
+    """Padding is the token 0, and the mask goes by its id."""
     ids, mask = real(*args)
-    ids = ids.where(mask > 0, pad)
-    return ids, (ids != pad).long()
+    ids = ids.where(mask > 0, 0)
+    return ids, (ids != 0).long()
 
 
 def unplaced(real, model, *rest):
@@ -2145,22 +2007,11 @@ def unplaced(real, model, *rest):
     return real(without_positions if torch.is_grad_enabled() else model, *rest)
 
 
-def always_clipped(real, weights, most):
-    """Gradients below the norm grow to it."""
-    weights = [weight for weight in weights if weight.grad is not None]
-    norm = real(weights, most)
-    for weight in weights:
-        weight.grad *= max(1, most / norm)
-    return norm
-
-
-def moving_without_pairs(part, real, models, *rest):
-    """A step without pairs is one of a gradient of 0."""
+def moving_without_pairs(real, models, *rest):
+    """The schedule goes on in a step without pairs."""
     result = real(models, *rest)
     if not result["pairs"]:
-        for weight in models.policy.parameters():
-            weight.grad = torch.zeros_like(weight)
-        getattr(models, part).step()
+        models.scheduler.step()
     return result
 
 
@@ -2168,78 +2019,33 @@ def moving_without_pairs(part, real, models, *rest):
 BREAKS = {
     "a tie is trained as a win": (
         "loss", "spce_loss", lambda real, one, two, p: real(one, two, p.where(p != 0.5, 1.0))),
-    "the dual clip takes soft labels": ("loss", "dual_clip_loss", lambda real, one, two, p, clip: (
-        p * real(one, two, p > -1, clip) + (1 - p) * real(one, two, p < -1, clip))),
-    "a strength at the margin has a label": (
-        "loss", "corrected_labels", lambda real, models, pairs, args, judge: real(
-            models, pairs, Arguments(label_margin=args.label_margin - 1e-9), judge)),
-    "no human corrects a label": ("loss", "corrected_labels", lambda real, models, pairs, *more: real(
-        models, [pair_of("", "") for _ in pairs], *more)),
-    "the second order is not asked": ("loss", "averaged_strength", lambda real, p, q: p),
-    "an odd K leaves out the last": (
-        "pairs", "ranked_pairs", lambda real, scores: real(scores[: len(scores) // 2 * 2])),
+    "a strength at the margin has a label": ("loss", "corrected_labels", lambda real, *args: real(
+        *args[:2], Arguments(label_margin=args[2].label_margin - 1e-9), None)),
     "ties are turned round": ("pairs", "ranked_pairs", lambda real, scores: real(
         [score + 1e-9 * k for k, score in enumerate(scores)])),
-    "gradients are always clipped": ("optimizer", "nn.utils.clip_grad_norm_", always_clipped),
+    "gradients are never clipped": (
+        "optimizer", "nn.utils.clip_grad_norm_", lambda real, weights, most: real(weights, math.inf)),
     "weights decay": ("optimizer", "torch.optim.AdamW", lambda real, *weights, **more: real(
         *weights, **more | {"weight_decay": 0.01})),
-    "the warm-up is a step too long": (
-        "optimizer", "transformers.get_scheduler", lambda real, name, optimizer, warmup, steps: real(
-            name, optimizer, warmup + 1, steps)),
-    "the schedule is a step too long": (
-        "optimizer", "transformers.get_scheduler", lambda real, *args: real(*args[:3], args[3] + 1)),
-    "a draw on a step goes below it": (
-        "draws", "torch.searchsorted", lambda real, cdf, at, right: real(cdf, at)),
+    "the warm-up is a step too long": ("optimizer", "transformers.get_scheduler", lambda real, *args: (
+        real(*args[:2], args[2] + 1, args[3]))),
+    "a draw on a step goes below": ("draws", "torch.searchsorted", lambda real, *at, right: real(*at)),
     "noise is rounded to float32": ("draws", "sample", lambda real, model, prompts, noise, *rest: real(
         model, prompts, noise.to(torch.float32).double(), *rest)),
-    "no temperature": ("draws", "sample", lambda real, *args: real(*args[:3], 1.0, args[4])),
-    "samples go on after EOS": ("rotary", "sample", lambda real, *args: real(*args[:4], [-1])),
-    "all prompts have one noise": ("rotary", "sampling_noise", lambda real, seed, step, _, *more: real(
-        seed, step, 0, *more)),
-    "no quotes": ("text", "quoted", lambda real, text: text),
-    "a line of white space is quoted": ("text", "quoted", lambda real, text: "\n".join(
-        "> " + line for line in text.splitlines() if line) or "> "),
-    "only a line feed ends a line": (
-        "text", "quoted", lambda real, text: real(text.replace("\u2028", " "))),
-    "the prompt is no transcript": ("text", "transcript", lambda real, prompt: prompt),
-    "A and B change places": ("text", "judge_question", lambda real, x, a, b: real(x, b, a)),
-    "verdicts change places": ("text", "verdict_format", lambda real, one: ("", *real(one)[:0:-1])),
-    "a text makes special tokens": ("text", "frame", lambda real, tokenizer, prompt: (prompt, " ", "<eos>")),
-    "a cut response has an EOS": ("text", "encode_responses", lambda real, *args: [
-        ids + [1] * (ids[-1] != 1) for ids in real(*args)]),
+    "only a line feed ends a line": ("text", "quoted", lambda real, x: real(x.replace("\u2028", " "))),
     "EOS is left out of a response": ("rotary", "token_logps", lambda real, model, x, y, *more: (
         real(model, x, y, *more) * (osp.right_padded(y, "cpu")[0] != 1))),
-    "EOS is counted after a response": ("rotary", "response_logps", lambda real, model, x, y, *more: (
-        real(model, x, [ids + [1] for ids in y], *more))),
-    "means and not sums": ("rotary", "response_logps", lambda real, model, x, y, *more: (
-        real(model, x, y, *more) / torch.tensor(list(map(len, y))))),
-    "padding is known by its id 0": ("rotary", "padded", functools.partial(masked_by_id, 0)),
-    "EOS is padding": ("rotary", "padded", functools.partial(masked_by_id, 1)),
+    "padding is known by its id 0": ("rotary", "padded", masked_by_id),
     "SFT's loss is a mean of micro-batches": ("sft", "micro_batches", mean_of_micro_batches),
-    "the loss is a mean of micro-batches": (
-        "steps_rotary", "micro_batches", mean_of_micro_batches),
-    "beta is left out of one side": (
-        "steps_rotary", "spce_loss", lambda real, one, two, p: real(one, two / 0.5, p)),
-    "a strength is at least 1/2": ("steps_rotary", "judge_pairs", lambda real, *args: [
-        max(p, 1 - p) for p in real(*args)]),
+    "the loss is a mean of micro-batches": ("steps_rotary", "micro_batches", mean_of_micro_batches),
     "equal texts of different ids are no pair": ("steps_rotary", "judge_pairs", lambda real, *args: [
         p if p != 0.5 else None for p in real(*args)]),
-    "the baseline is not ranked": ("steps_rotary", "ranking_scores", lambda real, *args: [
-        [0.0, *scores[1:]] for scores in real(*args)]),
-    "the schedule moves without pairs": (
-        "steps_rotary", "train_step", functools.partial(moving_without_pairs, "scheduler")),
-    "the optimizer moves without pairs": (
-        "steps_rotary", "train_step", functools.partial(moving_without_pairs, "optimizer")),
+    "the schedule moves without pairs": ("steps_rotary", "train_step", moving_without_pairs),
     "the trainer ignores position ids": ("steps_absolute", "forward", unplaced),
     "a tied weight has the output's gradient": (
         "steps_absolute", "nn.Embedding.forward", lambda real, *args: real(*args).detach()),
-    "the reference never moves": ("steps_tso", "move_reference", lambda real, *args: None),
-    "the reference moves a step late": ("steps_tso", "move_reference", lambda real, models, step, args: (
-        real(models, step - 1, args))),
-    "TSO's labels are soft": (
-        "steps_tso", "corrected_labels", lambda real, *args: osp.judge_pairs(*args)),
-    "unsure pairs are kept": ("steps_tso", "corrected_labels", lambda real, models, pairs, args, judge: real(
-        models, pairs, dataclasses.replace(args, label_margin=0.0), judge))}
+    "the reference moves a step late": (
+        "steps_tso", "move_reference", lambda real, models, step, args: real(models, step - 1, args))}
 
 
 @mark.parametrize("name", BREAKS)
@@ -2789,11 +2595,8 @@ def test_runs_are_done_once_and_take_over_the_sft_of_spce(experiments):
         finished_runs(["spce", "ipo"], [])
     with stopped("spce-seed1 holds a run with other arguments .beta was 0.1, is 0.5"):
         run_experiment("ipo", "1", *QUICK.split(), "--beta", "0.5")
-
-
-def test_the_flags_of_every_run_are_known(experiments):
     words = " ".join(EXPERIMENTS.values()) + " --model_name_or_path given"
-    assert osp.parse_arguments(words.split())
+    assert osp.parse_arguments(words.split())  # the flags of every run are known
 
 
 def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
@@ -2804,8 +2607,6 @@ def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
     _, [unknown], [learned] = [call.args for call in trained.call_args_list]
     assert sorted(learned[:LABELLED] + unknown) == sorted(builtin_pairs("train"))
     assert learned[LABELLED:] == labels_of("steps_1_2", 0) and len(learned) == LABELLED + 2
-    counts = json.loads((folder_of("steps_1_2_labels", 0) / "summary.json").read_text())
-    assert counts["pairs"] == counts["prompts_kept"] == 6  # of 12; a pair each
 
 
 def test_a_real_model_learns_from_its_own_continuations(experiments, capsys):
