@@ -1428,8 +1428,9 @@ def shared_logits(model, prompt_ids, ids, mask):
     """N prompts, and their responses padded on the right, (N, T) -> the logits (N, T, V) that predict
     them. Equal prompts are computed once, which is a third of the time of an update."""
     cache, first, head_mask = prefill(model, prompt_ids)
-    rest = forward(model, ids, torch.cat([head_mask, mask], 1), 0, cache)
-    return torch.cat([first[:, None], rest[:, :-1]], 1)
+    end = max(ids.shape[1] - 1, 1)  # one column at least: all processes make equally many passes
+    rest = forward(model, ids[:, :end], torch.cat([head_mask, mask[:, :end]], 1), 0, cache)
+    return torch.cat([first[:, None], rest], 1)[:, : ids.shape[1]]
 
 
 def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
@@ -1506,7 +1507,11 @@ def quoted(text):
 
 ANSWER = "quuxly"  # stands for an answer where a chat template's text is split at it
 PARTS = ((), ("system", "user", "assistant"), ("system", "user"))  # whose contents are lists of parts
-DAY = time.gmtime(1767225600)  # 2026-01-01; another day would change a run's prompts
+# What a template that writes the date calls: always one day, so that a run goes on with its prompts.
+DAY, DATED = time.gmtime(1767225600), "{% macro strftime_now(format) %}{{ format"  # 2026-01-01
+for code in ["-d", "-m", *"aAbBcdHIjmMpSxXyY"]:
+    DATED += f"|replace('%{code}', '{time.strftime('%' + code, DAY)}')"
+DATED += " }}{% endmacro %}\n"
 HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
             [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]]
 
@@ -1522,7 +1527,7 @@ def split_at_answer(tokenizer, messages):
                 one["content"] = [{"type": "text", "text": one["content"]}]
         try:
             text = tokenizer.apply_chat_template(
-                given, tokenize=False, strftime_now=lambda code: time.strftime(code, DAY))
+                given, chat_template=DATED + tokenizer.get_chat_template(), tokenize=False)
         except Exception as error:  # of any kind: a template is a program
             own = type(error) is jinja2.TemplateError  # it says so in its own words
             reasons.setdefault(own, f"the chat template refuses it ({cause(error)})")
