@@ -1099,10 +1099,11 @@ def start_process():
     """Joins the processes that torchrun started, if it did; the first of them alone prints."""
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                refuse("There are more processes than GPUs: give torchrun a smaller --nproc_per_node")
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+            refuse("There are more processes than GPUs: give torchrun a smaller --nproc_per_node")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1159,9 +1160,9 @@ def placed(model, args):
     from torch.distributed.fsdp import fully_shard  # here, since they take seconds to load
     from transformers.modeling_layers import GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    users = Counter(id(weight) for layer in layers for weight in set(layer.parameters()))
+    users = Counter(weight for layer in layers for weight in layer.parameters())
     for layer in layers:
-        if all(users[id(weight)] == 1 for weight in layer.parameters()):  # no other layer has them
+        if all(users[weight] == 1 for weight in layer.parameters()):  # no other layer has them
             fully_shard(layer)
     return fully_shard(model)
 
@@ -1272,21 +1273,20 @@ def check_passes(model, training, ways=(True, False)):
                 raise
             gap = cause(error)
         if not gap:
-            break
-    else:
-        refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache "
-               "of keys and values, which a model with recurrent states does not have, must give the "
-               f"log-probabilities of plain passes over single sequences, but are off by: {gap}")
-    if len(ways) > 1 and not model.shares_prompts:
-        say(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes, which are slower")
+            if ways[0] > model.shares_prompts:
+                say(f"{model.name_or_path!r} cannot share a prompt: it takes plain, slower passes")
+            return
+    refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache of "
+           "keys and values, which a model with recurrent states does not have, must give the "
+           f"log-probabilities of plain passes over single sequences, but are off by: {gap}")
 
 
 @torch.no_grad()
 def passes_differ(model, training):
     """How far log-probabilities of batches, of sampling, and a judge's log-odds are from those of plain
     passes at most; 0 where rounding, which goes by the size of the logits, may be the reason."""
-    words = getattr(model, "words", model.get_input_embeddings().num_embeddings)
-    ids = np.random.default_rng(0).integers(words, size=40).tolist()
+    embedded = model.get_input_embeddings().num_embeddings
+    ids = np.random.default_rng(0).integers(embedded, size=40).tolist()
     prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
     wholes = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
@@ -1332,7 +1332,7 @@ def context_length(model):
 def padded(rows, side, device):
     """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
     matter that 0 may be a token's id, too."""
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
+    rows = [*map(torch.LongTensor, rows)]
     ids = nn.utils.rnn.pad_sequence(rows, True, -1, side).to(device)
     return ids.clamp(min=0), (ids >= 0).long()
 
@@ -1440,8 +1440,7 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     for prompt, ids in zip(prompts, questions):
         of_prompt.setdefault(str(prompt), []).append(tuple(ids))
     for group in of_prompt.values():
-        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
-        shared *= shares_prompts(judge)
+        shared = shares_prompts(judge) * len(os.path.commonprefix([ids[:-1] for ids in group]))
         rows |= {(ids[:shared], ids[shared:]) for ids in group}
     rows = sorted(rows, key=lambda row: (len(row[0]), row))
     for part in progress(chunks(rows, micro_batch_size), "judging"):
@@ -1519,7 +1518,7 @@ HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"
 def split_at_answer(tokenizer, messages):
     """What the chat template writes before an answer to these messages, and behind it: its text of the
     whole conversation, split at the answer. Some templates take texts, some parts. Raises ValueError."""
-    asked, reasons = [one for one in messages if one["role"] != "assistant"], {}
+    reasons = {}  # why not: the template's own words, or another error -> the first of them
     for parts in PARTS:
         given = [*map(dict, messages), {"role": "assistant", "content": ANSWER}]
         for one in given:
@@ -1533,7 +1532,8 @@ def split_at_answer(tokenizer, messages):
             reasons.setdefault(own, f"the chat template refuses it ({cause(error)})")
             continue
         before, answer, behind = text.rpartition(ANSWER)
-        lost = [one["role"] for one in asked if one["content"].strip() not in before]
+        lost = [one["role"] for one in messages
+                if one["role"] != "assistant" and one["content"].strip() not in before]
         if answer and not lost and not before.endswith("'text': '"):  # as a list is printed
             return before, behind
         lost.append("assistant")
