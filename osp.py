@@ -1225,7 +1225,7 @@ def check_tokenizer(model, tokenizer, args):
     if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
         refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
-        [ids] = encode_questions(tokenizer, ["x"], ["y"], ["z"])
+        ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
         ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
     ids += [i for token, i in vocabulary.items() if not control.fullmatch(token)]
@@ -1256,9 +1256,7 @@ def check_weights(model, keys):
 def shares_prompts(model):
     """Whether the keys and values of a prompt may be shared; check_passes finds it out."""
     if not hasattr(model, "shares_prompts"):  # not loaded by this program
-        mode = model.training
         check_passes(model, False)
-        model.train(mode)
     return model.shares_prompts
 
 
@@ -1273,8 +1271,8 @@ def check_passes(model, training, ways=(True, False)):
                 raise
             gap = cause(error)
         if not gap:
-            if ways[0] > model.shares_prompts:
-                say(f"{model.name_or_path!r} cannot share a prompt: it takes plain, slower passes")
+            if ways[0] > model.shares_prompts:  # it was tried
+                say(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes (slower)")
             return
     refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache of "
            "keys and values, which a model with recurrent states does not have, must give the "
@@ -1290,6 +1288,7 @@ def passes_differ(model, training):
     prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
     wholes = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
+    mode = model.training
     model.eval()
     plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
     plain = torch.stack(plain).float()  # (3, 7, V)
@@ -1303,7 +1302,7 @@ def passes_differ(model, training):
     gaps = [token_logps(model, prompts, responses, shares_prompts(model)) - right,
             chosen_logps(torch.stack(sampled, 1), tokens) - right,
             odds - plain[:, -1, verdicts].diff()]
-    model.eval()
+    model.train(mode)
     gap = torch.cat(gaps, 1).abs().max().item()
     rounding = 2**-5 if getattr(model, "bf16", False) else 1e-4
     return 0.0 if gap < rounding * (10 + plain.abs().median().item()) else gap
@@ -1332,8 +1331,7 @@ def context_length(model):
 def padded(rows, side, device):
     """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
     matter that 0 may be a token's id, too."""
-    rows = [*map(torch.LongTensor, rows)]
-    ids = nn.utils.rnn.pad_sequence(rows, True, -1, side).to(device)
+    ids = nn.utils.rnn.pad_sequence([*map(torch.LongTensor, rows)], True, -1, side).to(device)
     return ids.clamp(min=0), (ids >= 0).long()
 
 
@@ -1441,10 +1439,10 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         of_prompt.setdefault(str(prompt), []).append(tuple(ids))
     for group in of_prompt.values():
         shared = shares_prompts(judge) * len(os.path.commonprefix([ids[:-1] for ids in group]))
-        rows |= {(ids[:shared], ids[shared:]) for ids in group}
-    rows = sorted(rows, key=lambda row: (len(row[0]), row))
-    for part in progress(chunks(rows, micro_batch_size), "judging"):
-        heads, tails = zip(*part)
+        rows |= {(shared, ids) for ids in group}
+    for part in progress(chunks(sorted(rows), micro_batch_size), "judging"):
+        heads = [ids[:shared] for shared, ids in part]
+        tails = [ids[shared:] for shared, ids in part]
         ids, mask = right_padded(tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
         if heads[-1]:
@@ -1453,7 +1451,7 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         kept, column = ends.unique(return_inverse=True)
         logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column]
         logits = logits[:, verdicts].float()
-        found |= {head + tail: row for (head, tail), row in zip(part, logits)}
+        found |= {ids: row for (_, ids), row in zip(part, logits)}
     return [found[tuple(ids)] for ids in questions]
 
 
@@ -1461,8 +1459,8 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
     stops, found = stop_token_ids(model, tokenizer), [[] for _ in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
-    asked = list(itertools.product(range(len(rows)), ks))
-    asked.sort(key=lambda one: len(prompts[one[0]]))  # long ones by themselves
+    asked = itertools.product(range(len(rows)), ks)
+    asked = sorted(asked, key=lambda one: len(prompts[one[0]]))  # long ones by themselves
     size = max(1, min(args.micro_batch_size, SAMPLING_BATCH_SIZE // len(ks)))  # prompts side by side
     with inference(model, args.bf16) as model:
         for part in progress(chunks(asked, size * len(ks)), "sampling"):
@@ -1505,14 +1503,14 @@ def quoted(text):
 
 
 ANSWER = "quuxly"  # stands for an answer where a chat template's text is split at it
-PARTS = ((), ("system", "user", "assistant"), ("system", "user"))  # whose contents are lists of parts
+PARTS = ("", "system user assistant", "system user")  # the roles whose contents are lists of parts
 # What a template that writes the date calls: always one day, so that a run goes on with its prompts.
-DAY, DATED = time.gmtime(1767225600), "{% macro strftime_now(format) %}{{ format"  # 2026-01-01
+DATED = "{% macro strftime_now(format) %}{{ format"
 for code in ["-d", "-m", *"aAbBcdHIjmMpSxXyY"]:
-    DATED += f"|replace('%{code}', '{time.strftime('%' + code, DAY)}')"
+    DATED += f"|replace('%{code}', '{time.strftime('%' + code, time.gmtime(1767225600))}')"  # 2026-01-01
 DATED += " }}{% endmacro %}\n"
-HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
-            [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]]
+HARMLESS = [[{"role": "system", "content": "x"}, *as_messages("y")],
+            as_messages("\n\nHuman: x\n\nAssistant: x\n\nHuman: x")]
 
 
 def split_at_answer(tokenizer, messages):
