@@ -1096,10 +1096,11 @@ def start_process():
     """Joins the processes that torchrun started, if it did; the first of them alone prints."""
     transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
     if WORLD > 1 and not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():
-                refuse("There are more processes than GPUs: give torchrun a smaller --nproc_per_node")
+        gpus = torch.cuda.device_count()
+        if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
+            refuse("There are more processes than GPUs: give torchrun a smaller --nproc_per_node")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if gpus else "gloo")
+        if gpus:
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
@@ -1147,25 +1148,25 @@ def joined(seen):
 
 def placed(model, args):
     """A model on its device; several processes divide its weights, gradients and optimiser state."""
-    if args.gradient_checkpointing and not model.supports_gradient_checkpointing:
-        refuse("The model has no gradient checkpointing: leave out --gradient_checkpointing")
     if args.gradient_checkpointing:
+        if not model.supports_gradient_checkpointing:
+            refuse("The model has no gradient checkpointing: leave out --gradient_checkpointing")
         model.activation_checkpointing_enable()
     if WORLD == 1:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
     from torch.distributed.fsdp import fully_shard  # here, since they take seconds to load
     from transformers.modeling_layers import GradientCheckpointingLayer
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    users = Counter(id(weight) for layer in layers for weight in set(layer.parameters()))
+    users = Counter(weight for layer in layers for weight in layer.parameters())
     for layer in layers:
-        if all(users[id(weight)] == 1 for weight in layer.parameters()):  # no other layer has them
+        if all(users[weight] == 1 for weight in layer.parameters()):  # no other layer has them
             fully_shard(layer)
     return fully_shard(model)
 
 
 def frozen(name, args):
     """A judge that is not trained, and its tokenizer; with --bf16 in bf16. Raises RunError."""
-    model, tokenizer = load_model(name, args, torch.bfloat16 if args.bf16 else torch.float32)
+    model, tokenizer = load_model(name, args, torch.bfloat16)
     return placed(model.requires_grad_(False), args), tokenizer
 
 
@@ -1176,11 +1177,11 @@ def inference(model, bf16=False):
     units = [module for module in model.modules() if hasattr(module, "unshard")]  # of FSDP2
     for unit in units:
         unit.unshard()
-        unit.set_reshard_after_forward(False, recurse=False)
+        unit.set_reshard_after_forward(False)
     with torch.no_grad(), torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
         yield model.eval()
     for unit in units:
-        unit.set_reshard_after_forward(True, recurse=False)
+        unit.set_reshard_after_forward(True)
         unit.reshard()
 
 
@@ -1192,8 +1193,7 @@ def in_bf16(model, dtype):
         model.forward = torch.autocast(device, torch.bfloat16)(model.forward)
     for module in model.modules():
         if dtype == torch.bfloat16 and type(module) is nn.Linear:  # a tied embedding keeps its own
-            for name, weight in list(module.named_parameters()):
-                setattr(module, name, nn.Parameter(weight.to(dtype)))
+            module.weight = nn.Parameter(module.weight.to(dtype))
 
 
 # 16. Models and batches ---------------------------------------------------------------------------
@@ -1222,7 +1222,7 @@ def check_tokenizer(model, tokenizer, args):
     if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
         refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
-        ids = sum(encode_questions(tokenizer, ["x"], ["y"], ["z"]), [*verdict_format(tokenizer)[1:]])
+        ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
         ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
     ids += [i for token, i in vocabulary.items() if not control.fullmatch(token)]
@@ -1242,7 +1242,7 @@ def check_weights(model, keys):
     inside = [key for key in unread if key.startswith(tuple(owners))]  # of modules that have weights
     if inside:
         refuse(f"The model {name!r} does not read {len(inside)} tensors of its own modules, such as "
-               f"{' and '.join(inside[:2])}: its config.json does not fit the file, or it is quantized")
+               f"{inside[0]}: its config.json does not fit the file, or it is quantized")
     if unread:
         say(f"{name!r}: {len(unread)} tensors are not read, such as {unread[0]}")
     for key, weight in model.named_parameters():
@@ -1253,9 +1253,7 @@ def check_weights(model, keys):
 def shares_prompts(model):
     """Whether the keys and values of a prompt may be shared; check_passes finds it out."""
     if not hasattr(model, "shares_prompts"):  # not loaded by this program
-        mode = model.training
         check_passes(model, False)
-        model.train(mode)
     return model.shares_prompts
 
 
@@ -1264,45 +1262,47 @@ def check_passes(model, training, ways=(True, False)):
     as with recurrent layers, sharing is given up. Raises RunError if that does not help."""
     for model.shares_prompts in ways:
         try:
-            gap, close = passes_differ(model.train(training))
+            gap = passes_differ(model, training)
         except Exception as error:  # each family has a kind of its own
             if out_of_memory(error):
                 raise
-            gap, close = cause(error), None
-        if close and gap < close:
-            break
-    else:
-        refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache "
-               "of keys and values, which a model with recurrent states does not have, must give the "
-               f"log-probabilities of plain passes over single sequences, but are off by: {gap}")
-    if len(ways) > 1 and not model.shares_prompts:
-        say(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes, which are slower")
+            gap = cause(error)
+        if not gap:
+            if ways[0] > model.shares_prompts:  # it was tried
+                say(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes (slower)")
+            return
+    refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache of "
+           "keys and values, which a model with recurrent states does not have, must give the "
+           f"log-probabilities of plain passes over single sequences, but are off by: {gap}")
 
 
 @torch.no_grad()
-def passes_differ(model):
+def passes_differ(model, training):
     """How far log-probabilities of batches, of sampling, and a judge's log-odds are from those of plain
-    passes at most; and how far rounding may move them, which goes by the size of the logits."""
-    words = getattr(model, "words", model.get_input_embeddings().num_embeddings)
-    ids = np.random.default_rng(0).integers(words, size=40).tolist()
+    passes at most; 0 where rounding, which goes by the size of the logits, may be the reason."""
+    embedded = model.get_input_embeddings().num_embeddings
+    ids = np.random.default_rng(0).integers(embedded, size=40).tolist()
     prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
     wholes = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
-    cache, logits, mask = prefill(model, prompts)
+    mode = model.training
+    model.eval()
+    plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
+    plain = torch.stack(plain).float()  # (3, 7, V)
+    right = chosen_logps(plain[:, :-1], tokens)
+    cache, logits, mask = prefill(model.train(training), prompts)
     sampled = [logits]
     for token in tokens.T[:-1]:
         mask = F.pad(mask, (0, 1), value=1)
         sampled.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
     odds = torch.stack(question_logits(model, "xyx", wholes, verdicts, 3)).diff()
-    batch = token_logps(model, prompts, responses, shares_prompts(model))
-    found = torch.cat([batch, chosen_logps(torch.stack(sampled, 1), tokens), odds], 1)
-    model.eval()
-    plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
-    plain = torch.stack(plain).float()  # (3, 7, V)
-    right = chosen_logps(plain[:, :-1], tokens)
-    right = torch.cat([right, right, plain[:, -1, verdicts].diff()], 1)
+    gaps = [token_logps(model, prompts, responses, shares_prompts(model)) - right,
+            chosen_logps(torch.stack(sampled, 1), tokens) - right,
+            odds - plain[:, -1, verdicts].diff()]
+    model.train(mode)
+    gap = torch.cat(gaps, 1).abs().max().item()
     rounding = 2**-5 if getattr(model, "bf16", False) else 1e-4
-    return (found - right).abs().max().item(), rounding * (10 + plain.abs().median().item())
+    return 0.0 if gap < rounding * (10 + plain.abs().median().item()) else gap
 
 
 def stop_token_ids(model, tokenizer):
@@ -1328,9 +1328,8 @@ def context_length(model):
 def padded(rows, side, device):
     """N rows of ids -> ids and mask, (N, T). The mask goes by position and never by id, so it does not
     matter that 0 may be a token's id, too."""
-    rows = [torch.tensor(ids, dtype=torch.long) for ids in rows]
-    ids = nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1, padding_side=side)
-    return ids.clamp(min=0).to(device), (ids >= 0).long().to(device)
+    ids = nn.utils.rnn.pad_sequence([*map(torch.LongTensor, rows)], True, -1, side).to(device)
+    return ids.clamp(min=0), (ids >= 0).long()
 
 
 def left_padded(prompts, device):
@@ -1361,16 +1360,14 @@ def in_steps(value, steps):
 
 def sft_steps(preferences, args):
     """How many steps SFT makes: those of its passes over the data, if no number is given."""
-    if args.sft_max_steps >= 0:
-        return args.sft_max_steps
-    return args.sft_num_train_epochs * math.ceil(len(preferences) / args.sft_batch_size)
+    steps = args.sft_num_train_epochs * math.ceil(len(preferences) / args.sft_batch_size)
+    return steps if args.sft_max_steps < 0 else args.sft_max_steps
 
 
 def method_steps(examples, args):
     """How many steps the method makes, likewise."""
-    if args.max_steps >= 0:
-        return args.max_steps
-    return args.num_train_epochs * math.ceil(len(examples) / args.prompts_per_step)
+    steps = args.num_train_epochs * math.ceil(len(examples) / args.prompts_per_step)
+    return steps if args.max_steps < 0 else args.max_steps
 
 
 def step_indices(n, size, step, seed):
@@ -1395,29 +1392,30 @@ def prefill(model, prompt_ids, room=0):
     """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T). Equal
     prompts are computed once; all responses to one send their gradients through that computation. `room`
     is for so many more tokens without gradients: they are written into the cache, not concatenated."""
-    distinct = {}  # prompt -> its row
-    rows = [distinct.setdefault(tuple(ids), len(distinct)) for ids in prompt_ids]
-    prompts = list(distinct) if shares_prompts(model) else prompt_ids
-    ids, mask = left_padded(prompts, model.device)
+    prompts = distinct = [tuple(ids) for ids in prompt_ids]
+    if shares_prompts(model):
+        distinct = list(dict.fromkeys(prompts))
+    ids, mask = left_padded(distinct, model.device)
     cache = transformers.DynamicCache(config=model.config)
     logits = forward(model, ids, mask, 1, cache)[:, -1]
-    if shares_prompts(model):
-        rows = torch.tensor(rows, device=model.device)
+    if distinct != prompts:
+        rows = torch.tensor([distinct.index(ids) for ids in prompts], device=model.device)
         cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
         logits, mask = logits[rows], mask[rows]
     for layer in cache.layers if room else []:
-        if type(layer) is DynamicLayer and layer.keys.shape == layer.values.shape:
-            both = torch.stack([layer.keys, layer.values])
-            layer.update = functools.partial(write_into, layer, F.pad(both, (0, 0, 0, room)))
+        if type(layer) is DynamicLayer:
+            roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]
+            layer.update = functools.partial(write_into, layer, roomy)
     return cache, logits, mask
 
 
-def write_into(layer, both, keys, values, *more, **options):
+def write_into(layer, roomy, keys, values, *more, **options):
     """The `update` of a cache's layer that has room for more keys and values."""
     start = layer.get_seq_length()
     end = start + keys.shape[-2]
-    both[:, :, :, start:end] = torch.stack([keys, values])
-    layer.keys, layer.values = both[:, :, :, :end]
+    for part, new in zip(roomy, (keys, values)):
+        part[:, :, start:end] = new
+    layer.keys, layer.values = [part[:, :, :end] for part in roomy]
     return layer.keys, layer.values
 
 
@@ -1433,17 +1431,15 @@ def shared_logits(model, prompt_ids, ids, mask):
 def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     """N questions as ids -> the logits (2,) of the two verdicts at the end of each. Equal questions are
     asked once, and the head that a prompt's questions share is computed once: it halves the time."""
-    of_prompt, rows, found = {}, [], {}
+    of_prompt, rows, found = {}, set(), {}
     for prompt, ids in zip(prompts, questions):
-        of_prompt.setdefault(str(prompt), set()).add(tuple(ids))
+        of_prompt.setdefault(str(prompt), []).append(tuple(ids))
     for group in of_prompt.values():
-        shared = len(os.path.commonprefix([ids[:-1] for ids in group]))  # leaves a tail
-        if not shares_prompts(judge):
-            shared = 0
-        rows += [(ids[:shared], ids[shared:]) for ids in group]
-    rows.sort(key=lambda row: (len(row[0]), row))
-    for part in progress(chunks(rows, micro_batch_size), "judging"):
-        heads, tails = zip(*part)
+        shared = shares_prompts(judge) * len(os.path.commonprefix([ids[:-1] for ids in group]))
+        rows |= {(shared, ids) for ids in group}
+    for part in progress(chunks(sorted(rows), micro_batch_size), "judging"):
+        heads = [ids[:shared] for shared, ids in part]
+        tails = [ids[shared:] for shared, ids in part]
         ids, mask = right_padded(tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
         if heads[-1]:
@@ -1452,7 +1448,7 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         kept, column = ends.unique(return_inverse=True)
         logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column]
         logits = logits[:, verdicts].float()
-        found |= {head + tail: row for (head, tail), row in zip(part, logits)}
+        found |= {ids: row for (_, ids), row in zip(part, logits)}
     return [found[tuple(ids)] for ids in questions]
 
 
@@ -1469,15 +1465,16 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
     stops, found = stop_token_ids(model, tokenizer), [[] for _ in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
+    asked = itertools.product(range(len(rows)), ks)
+    asked = sorted(asked, key=lambda one: len(prompts[one[0]]))  # long ones by themselves
     size = max(1, min(args.micro_batch_size, SAMPLING_BATCH_SIZE // len(ks)))  # prompts side by side
-    order = sorted(range(len(rows)), key=lambda i: len(prompts[i]))  # long ones by themselves
     with inference(model, args.bf16) as model:
-        for part in progress(chunks(order, size), "sampling"):
-            asked = [i for i in part for _ in ks]
-            noise = [sampling_noise(args.seed, step, rows[i].index, k, args.max_new_tokens)
-                     for i in part for k in ks]
-            some, noise = [prompts[i] for i in asked], torch.tensor(np.array(noise))
-            for i, ids in zip(asked, sample(model, some, noise, args.temperature, stops)):
+        for part in progress(chunks(asked, size * len(ks)), "sampling"):
+            noise = np.array([sampling_noise(args.seed, step, rows[i].index, k, args.max_new_tokens)
+                              for i, k in part])
+            some = [prompts[i] for i, _ in part]
+            responses = sample(model, some, torch.tensor(noise), args.temperature, stops)
+            for (i, _), ids in zip(part, responses):
                 said = ids[:-1] if ids[-1] in stops else ids
                 text = tokenizer.decode(said, skip_special_tokens=True).strip()
                 found[i].append(Candidate(ids, text, source))
@@ -1495,8 +1492,8 @@ def as_messages(prompt):
     if not HH_TURN.match(prompt):
         return [{"role": "user", "content": prompt}]
     parts = HH_TURN.split(prompt.rstrip().removesuffix("\n\nAssistant:"))[1:]  # who, text, who, ...
-    roles = ["user" if who == "Human" else "assistant" for who in parts[::2]]
-    return [{"role": role, "content": text.strip()} for role, text in zip(roles, parts[1::2])]
+    return [{"role": "user" if who == "Human" else "assistant", "content": text.strip()}
+            for who, text in zip(parts[::2], parts[1::2])]
 
 
 def transcript(prompt):
@@ -1512,44 +1509,40 @@ def quoted(text):
 
 
 ANSWER = "quuxly"  # stands for an answer where a chat template's text is split at it
-PARTS = ((), ("system", "user", "assistant"), ("system", "user"))  # whose contents are lists of parts
+PARTS = ("", "system user assistant", "system user")  # the roles whose contents are lists of parts
 # What a template that writes the date calls: always one day, so that a run goes on with its prompts.
 DATED = "{% macro strftime_now(format) %}{{ format"
-for code in ["%-d", "%-m", *map("%{}".format, "aAbBcdHIjmMpSxXyY")]:
-    DATED += f"|replace('{code}', '{time.strftime(code, (2026, 1, 1, 0, 0, 0, 3, 1, 0))}')"
+for code in ["-d", "-m", *"aAbBcdHIjmMpSxXyY"]:
+    DATED += f"|replace('%{code}', '{time.strftime('%' + code, time.gmtime(1767225600))}')"  # 2026-01-01
 DATED += " }}{% endmacro %}\n"
-HARMLESS = [[{"role": "system", "content": "x"}, {"role": "user", "content": "y"}],
-            [{"role": role, "content": "x"} for role in ("user", "assistant", "user")]]
-
-
-def rendered(tokenizer, messages, parts):
-    """What the chat template makes of messages; the contents of the roles `parts` are lists of parts."""
-    given = [dict(one) for one in messages]
-    for one in given:
-        if one["role"] in parts:
-            one["content"] = [{"type": "text", "text": one["content"]}]
-    template = DATED + tokenizer.get_chat_template()
-    return tokenizer.apply_chat_template(given, chat_template=template, tokenize=False)
+HARMLESS = [[{"role": "system", "content": "x"}, *as_messages("y")],
+            as_messages("\n\nHuman: x\n\nAssistant: x\n\nHuman: x")]
 
 
 def split_at_answer(tokenizer, messages):
     """What the chat template writes before an answer to these messages, and behind it: its text of the
     whole conversation, split at the answer. Some templates take texts, some parts. Raises ValueError."""
-    asked, reasons = [one for one in messages if one["role"] != "assistant"], []
+    reasons = {}  # why not: the template's own words, or another error -> the first of them
     for parts in PARTS:
+        given = [*map(dict, messages), {"role": "assistant", "content": ANSWER}]
+        for one in given:
+            if one["role"] in parts:
+                one["content"] = [{"type": "text", "text": one["content"]}]
         try:
-            text = rendered(tokenizer, [*messages, {"role": "assistant", "content": ANSWER}], parts)
+            text = tokenizer.apply_chat_template(
+                given, chat_template=DATED + tokenizer.get_chat_template(), tokenize=False)
         except Exception as error:  # of any kind: a template is a program
             own = type(error) is jinja2.TemplateError  # it says so in its own words
-            reasons.append((not own, f"the chat template refuses it ({cause(error)})"))
+            reasons.setdefault(own, f"the chat template refuses it ({cause(error)})")
             continue
         before, answer, behind = text.rpartition(ANSWER)
-        lost = [one["role"] for one in asked if one["content"].strip() not in before]
+        lost = [one["role"] for one in messages
+                if one["role"] != "assistant" and one["content"].strip() not in before]
         if answer and not lost and not before.endswith("'text': '"):  # as a list is printed
             return before, behind
         lost.append("assistant")
-        reasons.append((False, f"the chat template leaves out the message of the {lost[0]}"))
-    raise ValueError(min(reasons, key=lambda one: one[0])[1])
+        reasons.setdefault(True, f"the chat template leaves out the message of the {lost[0]}")
+    raise ValueError(reasons.get(True) or reasons[False])
 
 
 @functools.cache
@@ -1557,8 +1550,8 @@ def control_tokens(tokenizer):
     """A pattern of the control tokens: those flagged special, and those that the chat template writes
     into any conversation. Tokens of blanks and of plain words are none."""
     written = set()
-    for messages in HARMLESS if tokenizer.chat_template else []:
-        with suppress(ValueError):  # it may refuse a system
+    for messages in HARMLESS:
+        with suppress(ValueError):  # there may be no template, and it may refuse a system
             text = "".join(split_at_answer(tokenizer, messages))
             written |= set(tokenizer(text, add_special_tokens=False).input_ids)
     names = []
@@ -1606,17 +1599,14 @@ def encode_prompts(tokenizer, prompts):
 def encode_responses(tokenizer, prompts, responses, limit, ended=True):
     """N texts -> ids as the policy would sample them: cut at `limit` tokens, else with what ends an
     answer, if they are `ended`. The ids are read off the whole: encodings do not add up."""
-    heads, tails, rows = [], [], []
+    rows = []
     for prompt, response in zip(prompts, responses):
-        head, gap, end = frame(tokenizer, prompt)
-        heads.append(head)
-        tails.append(gap + plain(tokenizer, response) + end * ended)
-    wholes = encode(tokenizer, [head + tail for head, tail in zip(heads, tails)])
-    for head, whole, tail in zip(encode(tokenizer, heads), wholes, tails):
-        ids = whole[len(head):]
-        if whole[: len(head)] != head:  # the texts were merged where they meet
-            ids = tokenizer(tail, add_special_tokens=False).input_ids
-        rows.append(ids[:limit] or [tokenizer.eos_token_id])
+        text, gap, end = frame(tokenizer, prompt)
+        tail = gap + plain(tokenizer, response) + end * ended
+        head, ids = encode(tokenizer, [text, text + tail])
+        if ids[: len(head)] != head:  # the texts were merged where they meet
+            head, ids = [], tokenizer(tail, add_special_tokens=False).input_ids
+        rows.append(ids[len(head):][:limit] or [tokenizer.eos_token_id])
     return rows
 
 
