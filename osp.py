@@ -37,7 +37,6 @@ import difflib
 import fcntl
 import functools
 import glob
-import hashlib
 import itertools
 import json
 import math
@@ -48,6 +47,7 @@ import signal
 import sys
 import tempfile
 import time
+import zlib
 from collections import Counter, namedtuple
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager, suppress
@@ -549,7 +549,7 @@ def run_method(args) -> dict:
     if not args.dataset_name:
         method = replace(method, gold=gold_reward)
     data = load_data([(policy, tokenizer), *others.values()], args)
-    note_fingerprints(data, policy, path, args)
+    args.data_fingerprint = zlib.crc32(repr(data).encode())
     check_folder(args)  # once more, by what was read
     say(forecast(policy, data, args))
 
@@ -617,8 +617,7 @@ LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "nu
 
 def parse_arguments(argv):
     """The command line as Arguments, checked. Raises RunError."""
-    own = f"Defaults of the built-in task: {BUILTIN}"
-    parser = transformers.HfArgumentParser(allow_abbrev=False, epilog=own)
+    parser = transformers.HfArgumentParser(allow_abbrev=False, epilog=f"Built-in task: {BUILTIN}")
     source, fields = Path(__file__).read_text("utf-8"), Arguments.__dataclass_fields__
     for title, name, text in re.findall(r"^    (?:# -- (.+) --|(\w+): .*  # (.+))", source, re.M):
         if title:
@@ -634,9 +633,9 @@ def parse_arguments(argv):
     if args.model_name_or_path is None:
         args = parser.parse_args(argv, Arguments(**BUILTIN))
     for name, value in vars(args).items():
-        bound = f"at least {LEAST[name]}" if name in LEAST else "above 0"
-        if type(value) in (int, float) and not LEAST.get(name, 1e-12) <= value < 2**32:
-            refuse(f"--{name} is {value}: it must be {bound}, and below 2**32")
+        least = LEAST.get(name, 1e-12)
+        if type(value) in (int, float) and not least <= value < 2**32:
+            refuse(f"--{name} is {value}: it must be at least {least}, and below 2**32")
     if args.dataset_name and not args.model_name_or_path:
         refuse("--dataset_name needs --model_name_or_path: the built-in model knows no other words")
     model = Path(args.model_name_or_path or "builtin").name
@@ -656,6 +655,7 @@ def main(argv=None):
             summary = json.loads(path.read_text("utf-8"))
         else:
             summary = run_method(args)
+            write_text(path, as_json(summary, indent=2) + "\n")  # by which the run is finished
         show(summary, args)
         return summary
     except KeyboardInterrupt:
@@ -760,7 +760,7 @@ def evaluate(models, rows, before, method, args):
     verdicts = verdicts_of_all(method.judge, models, texts, args)
     golds, wins = golds_of(texts, method.gold), averaged_strength(*verdicts)
     if method.gold:
-        wins = wins_by_gold(golds)
+        wins = agreement(golds[0] - golds[1], 1)  # 1 where the first is higher, 1/2 for a tie
     elif args.eval_judge_name_or_path:
         model, tokenizer = models.others[args.eval_judge_name_or_path]
         other = Models(tokenizer, judge=model)
@@ -776,13 +776,8 @@ def evaluate(models, rows, before, method, args):
 
 def golds_of(texts, gold):
     """(prompt, response 1, response 2)s -> (2, P) true rewards, or (2, 0) where they are not known."""
-    golds = [[gold(prompt, response) for response in responses] for prompt, *responses in texts if gold]
-    return np.array(golds).reshape(-1, 2).T
-
-
-def wins_by_gold(golds):
-    """(2, P) true rewards -> (P,): 1 where the first is higher, 0 where it is lower, 1/2 for a tie."""
-    return (1 + np.sign(golds[0] - golds[1])) / 2
+    golds = [[gold(prompt, one), gold(prompt, two)] for prompt, one, two in texts if gold]
+    return torch.tensor(golds, dtype=torch.float64).reshape(-1, 2).T
 
 
 def verdicts_of_all(judge, models, texts, args):
@@ -807,7 +802,7 @@ def judge_figures(models, texts, method, args):
     lean = averaged_strength(*verdicts_of_all(method.judge, models, texts, args)) - 0.5
     right = labelled = agreement(lean, 1)
     if method.gold:
-        chosen, rejected = torch.tensor(golds_of(texts, method.gold))
+        chosen, rejected = golds_of(texts, method.gold)
         right = agreement(lean, chosen - rejected)[chosen != rejected]
     return means(judge_accuracy=right, judge_overconfidence=0.5 + lean.abs() - labelled) | {
         "judge_pairs": len(texts)}
@@ -845,7 +840,7 @@ def draw_curves(folder):
 
 
 def report(summary, models, data, method, args):
-    """Writes the model, measures what is measured once, and writes summary.json last."""
+    """Writes the model and the curves, and measures what is measured once. Returns the summary."""
     save_model(models, args.output_dir)
     if data.held_out_preferences:
         summary |= judge_figures(models, data.held_out_preferences, method, args)
@@ -857,13 +852,7 @@ def report(summary, models, data, method, args):
                 "steps": method_steps(data.examples, args), "seed": args.seed,
                 "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     draw_curves(args.output_dir)
-    finish(summary, args)
     return summary
-
-
-def finish(summary, args):
-    """Writes summary.json, by which a run is finished."""
-    write_text(args.output_dir / "summary.json", as_json(summary, indent=2) + "\n")
 
 
 def show(summary, args):
@@ -881,37 +870,26 @@ def show(summary, args):
 
 
 def report_table(summary, method):
-    """SFT against the policy, and warnings where the figures may mean nothing."""
+    """SFT against the policy, and a warning for each figure by which something is wrong with the run."""
     table = f"{'':32}{'SFT':>9} {method:>8}\n"
     for name in REPORT:
         if name in summary:
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    return table + warnings(summary)
-
-
-def warnings(summary):
-    """What is wrong with a run by its figures, and what to try: a line each."""
     at = Counter(summary)  # what is missing is 0
     chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
-    found = {
-        "the judge is no better than chance. Take more SFT, more pairs, or another model.":
-            at["judge_pairs"] and at["judge_accuracy"] < chance,
-        "the judge's strengths are far off. Try other --sft_num_train_epochs, or more pairs.":
-            at["judge_overconfidence"] > 0.15,
-        "the judge's two orders disagree: it goes by position. Take more SFT, or a better judge.":
-            at["order_agreement"] < 2 / 3,
-        "the strengths hardly differ from 1/2, so there is little to learn. Take a better judge.":
-            at["strength_spread"] < 0.02,
-        "responses grow, and the judge prefers the longer ones. Take a better judge, or fewer steps.":
-            at["self_judged"] and at["longer_preferred"] > 2 / 3
-            and at["response_tokens"] > 1.2 * at["response_tokens_sft"],
-        "responses have become alike. Raise --beta, or take fewer steps.":
+    longer = at["response_tokens"] > 1.2 * at["response_tokens_sft"] and at["longer_preferred"] > 2 / 3
+    warnings = {
+        "the judge is no better than chance: more SFT or pairs help": 0 < at["judge_accuracy"] < chance,
+        "strengths are far off: try other --sft_num_train_epochs": at["judge_overconfidence"] > 0.15,
+        "the judge goes by position: take more SFT, or a better judge": at["order_agreement"] < 2 / 3,
+        "the strengths are all near 1/2: take a better judge": at["strength_spread"] < 0.02,
+        "the judge prefers longer responses: take a better judge": at["self_judged"] and longer,
+        "responses have become alike: raise --beta, or take fewer steps":
             at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
-        "over half of the responses were cut off. Raise --max_new_tokens.":
-            at["cut_fraction"] > 0.5}
-    return "".join(f"Warning: {warning}\n" for warning, holds in found.items() if holds)
+        "over half of the responses were cut off: raise --max_new_tokens": at["cut_fraction"] > 0.5}
+    return table + "".join(f"Warning: {warning}\n" for warning, holds in warnings.items() if holds)
 
 
 # 14. The folder of a run --------------------------------------------------------------------------
@@ -931,13 +909,6 @@ def check_folder(args):
                    "give another --output_dir, or remove the folder")
     elif any(folder.glob("[!.]*")):  # hidden ones are a run's that began, or the system's
         refuse(f"{folder} holds other files and no run: give another --output_dir")
-
-
-def note_fingerprints(data, policy, path, args):
-    """Notes what stood behind the names of data and model, for check_folder to compare."""
-    weights = [torch.hash_tensor(weight).item() for weight in policy.parameters()]
-    for name, read in (("the data", data), (path, weights)):
-        vars(args)[f"fingerprint of {name}"] = hashlib.sha256(repr(read).encode()).hexdigest()[:12]
 
 
 def newest_start(args):
@@ -1070,7 +1041,6 @@ def resumable_steps(name, steps, models, args):
     checkpoint, lines = args.output_dir / f"{name}.pt", args.output_dir / f"{name}.jsonl"
     done = load_checkpoint(models, checkpoint)
     before = lines.read_text().splitlines(keepends=True) if lines.exists() else []
-    collected([])  # waits: all have read both files
     write_text(lines, "".join(before[:done]))
     bar = tqdm(range(done, steps), name, steps, initial=done, disable=RANK > 0)
 
@@ -1222,9 +1192,9 @@ def check_tokenizer(model, tokenizer, args):
         tokenizer.backend_tokenizer.model.dropout = None
     tokenizer.apply_chat_template = functools.partial(
         tokenizer.apply_chat_template, **args.chat_template_kwargs)
-    if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
-        refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
+        if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
+            refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
         ids = sum(encode_questions(tokenizer, ["x"], ["y"], ["z"]), [*verdict_format(tokenizer)[1:]])
         ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
@@ -1666,34 +1636,28 @@ def load_data(readers, args):
     unfit = functools.partial(why_unfit, readers=readers, new_tokens=args.max_new_tokens)
     splits = read_dataset(args.dataset_name, args.dataset_config, args.dataset_data_dir)
     splits = datasets.DatasetDict(splits).shuffle(seed=args.seed, keep_in_memory=True)  # not on disk
-    test, few = args.dataset_test_split, args.num_eval_prompts
-    if test is None and "test" in splits and args.dataset_train_split != "test":
+    train, test, few = args.dataset_train_split, args.dataset_test_split, args.num_eval_prompts
+    if test is None and "test" in splits and train != "test":
         test = "test"
-    for split in {args.dataset_train_split, test} - {*splits, None}:
+    for split in {train, test} - {*splits, None}:
         refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
-               f"{', '.join(map(str, splits))}")
-    train, wanted = splits[args.dataset_train_split], 4 * args.num_train_prompts
-    sft = args.sft and columns_read(train.column_names)[-1] in ("choice", "rejected")
-    if sft:
-        wanted = max(wanted, sft_steps(train, args) * args.sft_batch_size)
-    elif args.sft:
-        print("The rows to train on hold no pairs, so no SFT")
-    enough = max(10 * few, wanted + max(few, args.num_eval_pairs))  # a tenth of which is `few`
-    rows = usable_rows(train, unfit, "training", enough)
-    prompts = [transcript(row[0]) for row in rows]
-    if test:
-        held_out = usable_rows(splits[test], unfit, "held-out")
-        held = {transcript(row[0]) for row in held_out}
-    else:
-        found = list(dict.fromkeys(prompts))
-        held = set(found[: min(few, len(found) // 10 or 1)])
-        held_out = [row for row, prompt in zip(rows, prompts) if prompt in held]
-    kept = [row for row, prompt in zip(rows, prompts) if prompt not in held][:wanted]
+               f"{list(splits)}")
+    sft = args.sft and columns_read(splits[train].column_names)[-1] in ("choice", "rejected")
+    most_sft = sft * sft_steps(splits[train], args) * args.sft_batch_size
+    wanted = max(4 * args.num_train_prompts, most_sft)
+    rows = usable_rows(splits[train], unfit, "training", wanted + 10 * few)
+    measured = usable_rows(splits[test], unfit, "held-out") if test else rows
     ood = usable_rows(splits["ood"], unfit, "out-of-domain") if "ood" in splits else []
+    prompts = list(dict.fromkeys(transcript(row[0]) for row in measured))
+    held = set(prompts if test else prompts[: min(few, len(prompts) // 10 or 1)])
+    held_out = [row for row in measured if transcript(row[0]) in held]
+    kept = [row for row in rows if transcript(row[0]) not in held][:wanted]
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
-    print(f"{len(kept)} rows to train on, {len(held_out)} held out; SFT: {sft}")
+    print(f"{len(kept)} rows to train on, {len(held_out)} held out; {'SFT' if sft else 'no SFT'}")
     _, tokenizer = readers[0]
+    if not tokenizer.chat_template and any(isinstance(prompt, list) for prompt, *_ in kept):
+        print("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
     spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if spelled:
         print(f"Warning: {spelled} rows spell special tokens, as chat templates do, which are read "
@@ -1726,7 +1690,6 @@ def usable_rows(raws, unfit, name, wanted=-1):
     what is dropped. Raises RunError."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
-    unread = ", ".join(raws.remove_columns(used).column_names)
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
         for row in progress(map(parse_row, raws.select_columns(used)), name):
             reason = row if isinstance(row, str) else unfit(*row)
@@ -1737,13 +1700,12 @@ def usable_rows(raws, unfit, name, wanted=-1):
                 prompts.add(transcript(row[0]))
             if len(prompts) == wanted:
                 break
-    said = f"{name} rows: {len(kept)} of the columns {', '.join(used)}; not read: {unread or 'nothing'}"
+    said = f"{name} rows: {len(kept)} of {used}; not read: {raws.remove_columns(used).column_names}"
     for reason, n in dropped.most_common():
         said += f"; {n} dropped: {reason}"
     print(said)
     if not kept:
-        refuse(f"No row is left ({said}). If the prompts have a column of another name, rename it to "
-               "prompt")
+        refuse(f"No row is left ({said}). Rename a column of prompts that has another name to prompt")
     return kept
 
 
@@ -1751,12 +1713,11 @@ def distinct_prompts(tokenizer, rows, most):
     """The first `most` distinct prompts as Rows, with all the responses that the data has to each."""
     found = {}
     for prompt, *responses in rows:
-        key = transcript(prompt)
-        if key not in found and len(found) < most:
-            found[key] = Example(prompt, *encode_prompts(tokenizer, [prompt]), len(found), [])
-        if key in found and responses:
-            found[key].responses.append(responses)
-    return list(found.values())
+        _, known = found.setdefault(transcript(prompt), (prompt, []))
+        known += [responses] if responses else []
+    first = list(found.values())[:most]
+    ids = encode_prompts(tokenizer, [prompt for prompt, _ in first])
+    return [Example(prompt, ids[i], i, known) for i, (prompt, known) in enumerate(first)]
 
 
 def read_dataset(name, config=None, data_dir=None):
@@ -1771,8 +1732,8 @@ def read_dataset(name, config=None, data_dir=None):
     with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             data = datasets.load_from_disk(name).with_format(None)
-        elif path.exists():
-            if path.is_file():
+        elif path.exists() or re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
+            if not path.is_dir():
                 place, files = folder, glob.escape(place)
             if glob.escape(place) != place:
                 refuse(f"The loader takes {place} for a pattern: give a path without brackets, * and ?")
@@ -1782,8 +1743,6 @@ def read_dataset(name, config=None, data_dir=None):
             builder.config.na_values = [""]  # other loaders read neither setting
             builder.download_and_prepare()
             data = builder.as_dataset()
-        elif re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
-            path.stat()  # no name on the Hub: says that it is not there
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     return data if isinstance(data, dict) else {"train": data}
@@ -2088,7 +2047,6 @@ def collect(models, data, method, args):
         refuse("No pair is left to ask about: take more prompts, wider bounds, another --output_dir")
     summary = {"prompts": len(candidates), "prompts_kept": len(kept), **counts,
                "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
-    finish(summary, args)
     return summary
 
 
@@ -2113,7 +2071,7 @@ def worth_asking(pairs, args):
         "no_tie": lambda pair: sureness(pair) >= args.min_strength,
         "no_landslide": lambda pair: sureness(pair) <= args.max_strength}
     for name, fits in filters.items():
-        pairs = [pair for pair in pairs if fits(pair)]
+        pairs = list(filter(fits, pairs))
         counts[name] = len(pairs)
     for pair in sorted(pairs, key=alike):
         rounds[turns[pair.example.index]].append(pair)

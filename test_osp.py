@@ -622,10 +622,10 @@ def data_of(path, more="", *others):
     ("", "it is empty"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
     ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
-    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: input;.* rename it to prompt"),
+    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: .'input'.;.* [Rr]ename a column of prompts"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-    with stopped("No such file"):
+    with stopped("Unable to find"):
         data_of(tmp_path / "data.jsonl")
     (tmp_path / "data.jsonl").write_text(content)
     with stopped(expected):
@@ -679,8 +679,8 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     data = data_of(write_lines(tmp_path / "data.jsonl", rows), "", (rotary(), strict))
     assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
-    for words in ("prompt; not read: question, chosen", "1 dropped: the chat template refuses it",
-                  "1 dropped: too long", "no pairs, so no SFT", "1 rows spell special tokens"):
+    for words in ("not read: ['question', 'chosen']", "1 dropped: the chat template refuses it",
+                  "1 dropped: too long", "no SFT", "1 rows spell special tokens"):
         assert words in shown
 
 
@@ -736,7 +736,7 @@ def test_built_in_task():
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
-    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of train, test, ood"),
+    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of .'train', 'test', 'ood'"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     with stopped(expected):
@@ -1229,17 +1229,14 @@ def test_options_that_change_speed_alone_may_change(tmp_path, broken_off, finish
     assert [line["loss"] for line in rest] == close([line["loss"] for line in finished["osp"].lines[4:]])
 
 
-def test_other_data_or_weights_under_an_old_name_are_refused(tmp_path, monkeypatch, real):
+def test_other_data_under_an_old_name_are_refused(tmp_path, monkeypatch, real):
     """As a relative name has them in another folder."""
     words = "--model_name_or_path model --dataset_name model/../prompts.jsonl --max_new_tokens 8"
     monkeypatch.chdir(real[0])
     folder = killed(tmp_path / "run", words, osp, "train_step", 3)
     monkeypatch.chdir(shutil.copytree(real[0], tmp_path / "other"))
-    saved("model", rotary(initializer_range=0.3), TALK)
-    with stopped("other arguments .fingerprint of model was '.*: give the same"):
-        run(folder, words)
     write_lines(Path("prompts.jsonl"), [{"prompt": f"why {i} ?"} for i in range(40)])
-    with stopped("other arguments .fingerprint of the data was"):
+    with stopped("other arguments .data_fingerprint was"):
         run(folder, words)
 
 
