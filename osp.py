@@ -941,8 +941,7 @@ def output_folder(args):
 
 def writing(path):
     """Raises RunError where what the block writes to `path` cannot be written."""
-    return trying(f"write {str(path)!r}",
-                  "make room and give the same command again, or another --output_dir", code=1)
+    return trying(f"write {str(path)!r}", "make room and run it again, or give another --output_dir", 1)
 
 
 @contextmanager
@@ -958,8 +957,7 @@ def written_whole(path):
 
 def as_json(figures, **form):
     """Figures as JSON. Raises RunError where one is no number."""
-    with trying("go on with a figure that is no number",
-                "start again with a lower learning rate, or without --bf16", code=1):
+    with trying("write a figure that is no number", "take a lower learning rate, or no --bf16", 1):
         return json.dumps(figures, allow_nan=False, **form)
 
 
@@ -1029,10 +1027,9 @@ def load_checkpoint(models, path):
 
 def newest_step(args):
     """The step after which the same command goes on, in words."""
-    paths = sorted(args.output_dir.glob("*.pt"))  # metrics.pt comes before sft.pt
-    if not paths:
-        return "step 0"
-    return f"step {torch.load(paths[0], weights_only=True, mmap=True)['step']} of {paths[0].stem}.jsonl"
+    for path in sorted(args.output_dir.glob("*.pt")):  # metrics.pt comes before sft.pt
+        return f"step {torch.load(path, weights_only=True, mmap=True)['step']} of {path.stem}.jsonl"
+    return "step 0"
 
 
 def resumable_steps(name, steps, models, args):
@@ -1640,8 +1637,7 @@ def load_data(readers, args):
     if test is None and "test" in splits and train != "test":
         test = "test"
     for split in {train, test} - {*splits, None}:
-        refuse(f"There is no split {split!r}: give --dataset_train_split or --dataset_test_split one of "
-               f"{list(splits)}")
+        refuse(f"No split {split!r}: give --dataset_train_split or --dataset_test_split one of {[*splits]}")
     sft = args.sft and columns_read(splits[train].column_names)[-1] in ("choice", "rejected")
     most_sft = sft * sft_steps(splits[train], args) * args.sft_batch_size
     wanted = max(4 * args.num_train_prompts, most_sft)
@@ -1660,8 +1656,7 @@ def load_data(readers, args):
         print("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
     spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if spelled:
-        print(f"Warning: {spelled} rows spell special tokens, as chat templates do, which are read "
-              "as plain text: take them out of the data, with all else that is of the template")
+        print(f"Warning: {spelled} rows spell special tokens, which are read as text: take them out")
     return Data(
         kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
         distinct_prompts(tokenizer, held_out, few),
@@ -1786,9 +1781,7 @@ def parse_row(raw):
 
 def cleaned(value):
     """A text without blanks at its end, a transcript as HH writes it; messages with their roles and
-    texts alone, parts joined. Raises ValueError where a text is missing, or is something else."""
-    if not isinstance(value, str | list | None):
-        raise ValueError(f"no text, but of the type {type(value).__name__}")
+    texts alone, parts joined. Raises ValueError where a text is missing, another one elsewise."""
     if isinstance(value, list):
         if value and "role" in value[0]:
             return [{"role": one["role"], "content": cleaned(one["content"]).strip()} for one in value]
@@ -2068,8 +2061,8 @@ def worth_asking(pairs, args):
     filters = {
         "usable": lambda pair: isinstance(parse_row(preference(pair, "1")), tuple),
         "not_alike": lambda pair: alike(pair) <= args.max_similarity,
-        "no_tie": lambda pair: sureness(pair) >= args.min_strength,
-        "no_landslide": lambda pair: sureness(pair) <= args.max_strength}
+        "no_tie": lambda pair: max(pair.strength, 1 - pair.strength) >= args.min_strength,
+        "no_landslide": lambda pair: max(pair.strength, 1 - pair.strength) <= args.max_strength}
     for name, fits in filters.items():
         pairs = list(filter(fits, pairs))
         counts[name] = len(pairs)
@@ -2083,11 +2076,6 @@ def worth_asking(pairs, args):
 def alike(pair):
     """How alike the words of a pair's texts are, from 0 to 1."""
     return difflib.SequenceMatcher(None, pair.better.text.split(), pair.worse.text.split()).ratio()
-
-
-def sureness(pair):
-    """The judge's probability of the response that it prefers."""
-    return max(pair.strength, 1 - pair.strength)
 
 
 def ask_human(questions, args):

@@ -564,7 +564,7 @@ def test_every_format_of_data(tmp_path, name, suffix):
     (texts(HEAD, ""), "without text"),
     ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
     ({"prompt": "q", "chosen": str(chat("q", "a")), "rejected": "b"}, "messages that are one text"),
-    ({"prompt": 5}, "of the type int"),
+    ({"prompt": 5}, "not in the format"),
     ({"prompt": None} | texts(), "without text"),
     ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
