@@ -676,10 +676,9 @@ def forecast(model, data, args):
     """What a run is going to take, in a line."""
     size, steps = model.num_parameters(), method_steps(data.examples, args)
     memory = size * (18 if args.bf16 else 20) / 1e9  # 4 + 4 + 8 + 2 or 4 bytes a weight
-    responses = steps * args.prompts_per_step * args.num_generations
-    return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen "
-            f"copy, and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then "
-            f"{steps} steps with {responses} responses")
+    return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen copy, "
+            f"and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then {steps} "
+            f"of {args.prompts_per_step} prompts with {args.num_generations} responses each")
 
 
 def say(text, file=None):
@@ -877,11 +876,11 @@ def report_table(summary, method):
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    at = Counter(summary)  # what is missing is 0
+    at = Counter({"judge_accuracy": 1} | summary)  # what else is missing is 0
     chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
     longer = at["response_tokens"] > 1.2 * at["response_tokens_sft"] and at["longer_preferred"] > 2 / 3
     warnings = {
-        "the judge is no better than chance: more SFT or pairs help": 0 < at["judge_accuracy"] < chance,
+        "the judge is no better than chance: take more SFT, or pairs": at["judge_accuracy"] < chance,
         "strengths are far off: try other --sft_num_train_epochs": at["judge_overconfidence"] > 0.15,
         "the judge goes by position: take more SFT, or a better judge": at["order_agreement"] < 2 / 3,
         "the strengths are all near 1/2: take a better judge": at["strength_spread"] < 0.02,
@@ -898,7 +897,7 @@ MAY_CHANGE = "output_dir save_steps micro_batch_size gradient_checkpointing".spl
 
 
 def check_folder(args):
-    """Raises RunError unless --output_dir is empty, new, or holds a run with the same arguments and data."""
+    """Raises RunError unless --output_dir is empty or new, or holds a run with the same arguments."""
     folder, path = args.output_dir, args.output_dir / "arguments.json"
     if path.exists():
         then = json.loads(path.read_text("utf-8"))
@@ -1637,7 +1636,7 @@ def load_data(readers, args):
     if test is None and "test" in splits and train != "test":
         test = "test"
     for split in {train, test} - {*splits, None}:
-        refuse(f"No split {split!r}: give --dataset_train_split or --dataset_test_split one of {[*splits]}")
+        refuse(f"No {split!r}: give --dataset_train_split or --dataset_test_split one of {list(splits)}")
     sft = args.sft and columns_read(splits[train].column_names)[-1] in ("choice", "rejected")
     most_sft = sft * sft_steps(splits[train], args) * args.sft_batch_size
     wanted = max(4 * args.num_train_prompts, most_sft)
@@ -1781,7 +1780,7 @@ def parse_row(raw):
 
 def cleaned(value):
     """A text without blanks at its end, a transcript as HH writes it; messages with their roles and
-    texts alone, parts joined. Raises ValueError where a text is missing, another one elsewise."""
+    texts alone, parts joined. Raises ValueError where a text is missing."""
     if isinstance(value, list):
         if value and "role" in value[0]:
             return [{"role": one["role"], "content": cleaned(one["content"]).strip()} for one in value]
@@ -2053,11 +2052,7 @@ def worth_asking(pairs, args):
     """Step 3, filter (step 2, responses, is the stage `sample`): no texts that are alike; no near tie,
     where a human would toss a coin; no landslide, which the judge knows; of a prompt the least alike.
     Returns the pairs to ask about, each in random order, and how many each filter left."""
-    rng, turns, rounds = np.random.default_rng(args.seed), Counter(), [[] for _ in pairs]
-    for pair in pairs:
-        if rng.random() < 0.5 and pair.strength is not None:  # None: of equal texts
-            pair.better, pair.worse, pair.strength = pair.worse, pair.better, 1 - pair.strength
-    counts = {"pairs": len(pairs)}
+    counts, turns, rounds = {"pairs": len(pairs)}, Counter(), [[] for _ in pairs]
     filters = {
         "usable": lambda pair: isinstance(parse_row(preference(pair, "1")), tuple),
         "not_alike": lambda pair: alike(pair) <= args.max_similarity,
@@ -2070,6 +2065,10 @@ def worth_asking(pairs, args):
         rounds[turns[pair.example.index]].append(pair)
         turns[pair.example.index] += 1
     questions = sum(rounds[: args.pairs_per_prompt], [])  # first one of each prompt
+    rng = np.random.default_rng(args.seed)
+    for pair in questions:
+        if rng.random() < 0.5:
+            pair.better, pair.worse, pair.strength = pair.worse, pair.better, 1 - pair.strength
     return questions, counts | {"questions": len(questions)}
 
 
