@@ -1635,8 +1635,8 @@ def load_data(readers, args):
     train, test, few = args.dataset_train_split, args.dataset_test_split, args.num_eval_prompts
     if test is None and "test" in splits and train != "test":
         test = "test"
-    for split in {train, test} - {*splits, None}:
-        refuse(f"No {split!r}: give --dataset_train_split or --dataset_test_split one of {list(splits)}")
+    for one in {train, test} - {*splits, None}:
+        refuse(f"No split {one!r}: give --dataset_train_split or --dataset_test_split from {[*splits]}")
     sft = args.sft and columns_read(splits[train].column_names)[-1] in ("choice", "rejected")
     most_sft = sft * sft_steps(splits[train], args) * args.sft_batch_size
     wanted = max(4 * args.num_train_prompts, most_sft)
@@ -1946,8 +1946,8 @@ def tso(args):
 
 
 def model_matrix(roles, args, with_human):
-    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError. Source: TSO for
-    the matrix and human responses. Reconstruction: its members, in equal shares of K."""
+    """The stage `sample` by these roles and --matrix_model_names_or_paths. Raises RunError. Source: TSO
+    for the matrix and human responses. Reconstruction: its members, in equal shares of K."""
     sources = dict.fromkeys(roles + args.matrix_model_names_or_paths)
     size = len(sources)
     if args.num_generations < size:
@@ -2118,7 +2118,7 @@ def read_answer(pair, count):
         try:
             answer = input("better: 1 or 2; s: skip; end of input (Ctrl-D): stop > ").strip()
         except (EOFError, KeyboardInterrupt):
-            raise RunError("All answers are in preferences.jsonl; the same command goes on there.", code=0)
+            raise RunError("All answers are in preferences.jsonl; the same command goes on there.", 0)
     return answer
 
 
@@ -2133,5 +2133,6 @@ if __name__ == "__main__":
         if RANK == 0 or stop.code == 1:  # a mistake of the user's shows in all processes
             say(f"osp: {stop}", sys.stderr)
         else:
-            time.sleep(5)  # else torchrun may end the first one before it has spoken
+            with suppress(KeyboardInterrupt):  # with which torchrun ends it
+                time.sleep(5)  # else torchrun may end the first one before it has spoken
         sys.exit(stop.code)

@@ -680,7 +680,7 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
     for words in ("not read: ['question', 'chosen']", "1 dropped: the chat template refuses it",
-                  "1 dropped: too long", "no SFT", "1 rows spell special tokens"):
+                  "1 dropped: too long", "no SFT", "1 rows spell special tokens", "no chat template"):
         assert words in shown
 
 
@@ -736,7 +736,7 @@ def test_built_in_task():
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--method ops", "'ops'.*osp"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
-    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* one of .'train', 'test', 'ood'"),
+    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* from .'train', 'test', 'ood'"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     with stopped(expected):
