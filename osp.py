@@ -1208,7 +1208,7 @@ def check_weights(model, keys):
     inside = [key for key in unread if key.startswith(tuple(owners))]  # of modules that have weights
     if inside:
         refuse(f"The model {name!r} does not read {len(inside)} tensors of its own modules, such as "
-               f"{inside[0]}: its config.json does not fit the file, or it is quantized")
+               f"{' and '.join(inside[:2])}: its config.json does not fit the file, or it is quantized")
     if unread:
         say(f"{name!r}: {len(unread)} tensors are not read, such as {unread[0]}")
     for key, weight in model.named_parameters():
@@ -1645,13 +1645,14 @@ def load_data(readers, args):
     kept = [row for row in rows if transcript(row[0]) not in held][:wanted]
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
-    print(f"{len(kept)} rows to train on, {len(held_out)} held out; {'SFT' if sft else 'no SFT'}")
+    said = "SFT" if sft else "no SFT, which needs pairs of chosen and rejected"
+    say(f"{len(kept)} rows to train on, {len(held_out)} held out; {said}")
     _, tokenizer = readers[0]
     if not tokenizer.chat_template and any(isinstance(prompt, list) for prompt, *_ in kept):
-        print("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
+        say("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
     spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
     if spelled:
-        print(f"Warning: {spelled} rows spell special tokens, which are read as text: take them out")
+        say(f"Warning: {spelled} rows spell special tokens, which are read as text: take them out")
     return Data(
         kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
         distinct_prompts(tokenizer, held_out, few),
@@ -1693,7 +1694,7 @@ def usable_rows(raws, unfit, name, wanted=-1):
     said = f"{name} rows: {len(kept)} of {used}; not read: {raws.remove_columns(used).column_names}"
     for reason, n in dropped.most_common():
         said += f"; {n} dropped: {reason}"
-    print(said)
+    say(said)
     if not kept:
         refuse(f"No row is left ({said}). Rename a column of prompts that has another name to prompt")
     return kept

@@ -533,14 +533,7 @@ def test_every_format_of_data(tmp_path, name, suffix):
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
     ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
-<<<<<<< HEAD
-    ({"prompt": 5}, "of the type int"), ({"prompt": chat("q", "\u200b", "r")}, "without text"),
-=======
-    ({"prompt": "q", "chosen": str(chat("q", "a")), "rejected": "b"}, "messages that are one text"),
-    ({"prompt": 5}, "not in the format"),
-    ({"prompt": None} | texts(), "without text"),
-    ({"prompt": chat("q", "\u200b", "r")}, "without text"),
->>>>>>> wt-h2
+    ({"prompt": 5}, "not in the format"), ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
     (texts(HEAD, " good\n\nHuman: r\n\nAssistant: c"), "a role marker inside"),
     ({"prompt": chat("q", "a")}, "does not end with a user's"),
@@ -598,11 +591,6 @@ def data_of(path, more="", *others):
     ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: .'input'.;.* [Rr]ename a column of prompts"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
-<<<<<<< HEAD
-=======
-    with stopped("Unable to find"):
-        data_of(tmp_path / "data.jsonl")
->>>>>>> wt-h2
     (tmp_path / "data.jsonl").write_text(content)
     with stopped(expected):
         data_of(tmp_path / "data.jsonl")
