@@ -1060,7 +1060,7 @@ progress = functools.partial(tqdm, leave=False, delay=3, disable=RANK > 0)  # of
 
 def start_process():
     """Joins the processes that torchrun started, if it did; the first of them alone prints."""
-    transformers.utils.logging.disable_progress_bar()  # its bars for reading and writing weights
+    transformers.logging.disable_progress_bar()  # its bars for reading and writing weights
     if WORLD > 1 and not dist.is_initialized():
         gpus = torch.cuda.device_count()
         if 0 < gpus < int(os.environ["LOCAL_WORLD_SIZE"]):
@@ -1071,7 +1071,7 @@ def start_process():
     if RANK > 0:
         sys.stdout = open(os.devnull, "w")
         datasets.disable_progress_bars()
-        transformers.utils.logging.set_verbosity_error()
+        transformers.logging.set_verbosity_error()
 
 
 def own_share(items):

@@ -330,6 +330,21 @@ def test_no_step_has_rate_0_and_a_warm_up_longer_than_the_run_is_said(capsys):
     assert "warm-up of 5 steps is longer than the 3" in capsys.readouterr().out
 
 
+def test_a_planted_preference_improves():
+    """A judge that likes one word, of some eighty, makes a tiny policy say it."""
+    def judge(models, prompts, shown_as_a, shown_as_b, args):
+        gaps = [a.count("gentle") - b.count("gentle") for a, b in zip(shown_as_a, shown_as_b)]
+        return 2.0 * torch.tensor(gaps)
+
+    args, models = arguments("--max_new_tokens 8 --beta 0.3"), builtin_models(0, 0, 0)
+    examples = osp.distinct_prompts(models.tokenizer, [(RAIN,)], 1)
+    osp.make_optimizer(models, 5e-3, 20, args)
+    for step in range(20):
+        osp.train_step(models, examples, Method(judge=judge), step, args)
+    [found] = osp.sample_policy(models, examples, 20, args)
+    assert np.mean([response.text.count("gentle") for response in found]) > 1
+
+
 # Judge --------------------------------------------------------------------------------------------
 def asked_alone(judge, tokenizer, *texts):
     """The log-odds of A by one unpadded pass over the whole question."""
@@ -588,7 +603,7 @@ def data_of(path, more="", *others):
     ('{"text": "a"}', "fit no known format"), ("", "it is empty"),
     ('{"prompt": "p"}\n{"prompt": oops}', "Cannot read .*data.jsonl"),
     ('{"prompt": ""}', "training rows: 0 .* 1 dropped: a prompt, response or turn without text"),
-    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: .'input'.;.* [Rr]ename a column of prompts"),
+    ('{"input": "p", "chosen": "a", "rejected": "b"}', "not read: .'input'.;.* Rename a column"),
     ('{"prompt": "p"}', "the prompts of all are held out")])
 def test_data_without_a_usable_row_ends_in_one_sentence(tmp_path, content, expected):
     (tmp_path / "data.jsonl").write_text(content)
@@ -684,7 +699,7 @@ def test_built_in_task():
     ("--learning_rate nan", "--learning_rate is nan"), ("--method ops", "'ops'.*osp"),
     ("--dataset_name x.json", "needs --model_name_or_path"),
     ("--model_name_or_path no/such-model", "Cannot read 'no/such-model' as a causal"),
-    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* from .'train', 'test', 'ood'"),
+    ("--dataset_train_split nope", "'nope': give --dataset_train_split or .* .'train', 'test', 'ood'"),
     ("--method tso --num_generations 2", "--num_generations is 2, fewer than the 3 models")])
 def test_wrong_arguments_end_in_one_sentence(tmp_path, words, expected):
     with stopped(expected):
