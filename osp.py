@@ -559,7 +559,9 @@ def run_method(args) -> dict:
         models.judge = models.reference = models.start
         if method.moves_reference:
             models.reference, _ = frozen(path, args)
-        return method.run(models, data, method, args)
+        summary = method.run(models, data, method, args)
+        write_text(args.output_dir / "summary.json", as_json(summary, indent=2) + "\n")
+        return summary
 
 
 # Part II: what makes it practical. A reader of the method may stop here. ==========================
@@ -652,7 +654,6 @@ def main(argv=None):
             summary = json.loads(path.read_text("utf-8"))
         else:
             summary = run_method(args)
-            write_text(path, as_json(summary, indent=2) + "\n")  # by which the run is finished
         show(summary, args)
         return summary
     except KeyboardInterrupt:
@@ -1723,8 +1724,8 @@ def read_dataset(name, config=None, data_dir=None):
     with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
             data = datasets.load_from_disk(name).with_format(None)
-        elif path.exists() or re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
-            if not path.is_dir():
+        elif path.exists():
+            if path.is_file():
                 place, files = folder, glob.escape(place)
             if glob.escape(place) != place:
                 refuse(f"The loader takes {place} for a pattern: give a path without brackets, * and ?")
@@ -1734,6 +1735,8 @@ def read_dataset(name, config=None, data_dir=None):
             builder.config.na_values = [""]  # other loaders read neither setting
             builder.download_and_prepare()
             data = builder.as_dataset()
+        elif re.search(r"^[./]|\.(jsonl?|csv|tsv|parquet|arrow)(\.\w+)?$", name):
+            path.stat()  # no name on the Hub: says that it is not there
         else:
             data = datasets.load_dataset(name, config, data_dir=data_dir)
     return data if isinstance(data, dict) else {"train": data}

@@ -428,7 +428,7 @@ def test_judge_figures_by_hand(monkeypatch):
 
 def test_a_win_is_a_higher_true_reward_and_a_tie_is_half_of_one(monkeypatch):
     after, before = [[Candidate([5, 1], text) for text in golds] for golds in ("3321", "2122")]
-    monkeypatch.setattr(osp, "answers", lambda *_, noise: after)
+    monkeypatch.setattr(osp, "answers", lambda *_, k: after)
     unsure = Method(judge=lambda models, prompts, *_: torch.zeros(len(prompts)),
                     gold=lambda prompt, text: int(text))
     rows = [row_of("hi", i, [4]) for i in range(4)]
@@ -1793,7 +1793,8 @@ def loss_vectors():
     pairs = [pair_of(*[Candidate([], "", one) for one in writers]) for *writers, _ in GIVEN["cases"]]
     with mock.patch.object(osp, "judge_pairs", lambda *_: [p for *_, p in GIVEN["cases"]]):
         labels = osp.corrected_labels(None, pairs, Arguments(label_margin=0.25), None)
-    wins = osp.wins_by_gold(np.array(GIVEN["golds"]))
+    after, before = torch.tensor(GIVEN["golds"])
+    wins = osp.agreement(after - before, 1)
     return found | {"label_margin": 0.25, "cases": GIVEN["cases"], "labels": labels,
                     "golds": GIVEN["golds"], "wins": wins, "win_rate": wins.mean()}
 
