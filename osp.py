@@ -124,7 +124,8 @@ def load_model(name, args, dtype=torch.float32):
         model, tokenizer = builtin_model(args.seed)
     else:
         trust = args.trust_remote_code
-        with trying(f"read {name!r} as a causal language model", FROM_HUB + "folder with safetensors"):
+        advice = FROM_HUB + "folder with safetensors; a tokenizer.model needs the package sentencepiece"
+        with trying(f"read {name!r} as a causal language model", advice):
             check_files(name, trust)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 name, trust_remote_code=trust, mistral_format=False)  # which has no chat template
@@ -585,7 +586,7 @@ class Arguments(MethodArguments):
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     # -- speed and memory --
     save_steps: float = 0.1  # steps between checkpoints; below 1: a share of those of the phase
-    bf16: bool = False  # bf16 autocast for the update, bf16 copies for all else
+    bf16: bool = False  # every pass in bf16 autocast; trained weights stay fp32
     gradient_checkpointing: bool = False  # recompute activations in the backward pass, to save memory
     micro_batch_size: int = 8  # sequences in one forward pass; fewer take less memory
     # -- evaluation --
