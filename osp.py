@@ -68,7 +68,6 @@ import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers.cache_utils import DynamicLayer
 from transformers.utils import find_adapter_config_file
 
 Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
@@ -232,7 +231,7 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     """N prompts and noise (N, T) -> N responses of at most T tokens, with the EOS where one was drawn.
     On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
     token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
-    cache, logits, mask = prefill(model, prompt_ids, noise.shape[1])  # logits (N, V) of first tokens
+    cache, logits, mask = prefill(model, prompt_ids)  # logits (N, V) of the first tokens
     noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)  # (N,)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
@@ -1356,10 +1355,9 @@ def columns(rows):
     return [[row[i] for row in rows] for i in range(3)]
 
 
-def prefill(model, prompt_ids, room=0):
+def prefill(model, prompt_ids):
     """N prompts -> their keys and values, the logits (N, V) of what follows, and the mask (N, T). Equal
-    prompts are computed once; all responses to one send their gradients through that computation. `room`
-    is for so many more tokens without gradients: they are written into the cache, not concatenated."""
+    prompts are computed once; all responses to one send their gradients through that computation."""
     prompts = distinct = [tuple(ids) for ids in prompt_ids]
     if shares_prompts(model):
         distinct = list(dict.fromkeys(prompts))
@@ -1370,21 +1368,7 @@ def prefill(model, prompt_ids, room=0):
         rows = torch.tensor([distinct.index(ids) for ids in prompts], device=model.device)
         cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
         logits, mask = logits[rows], mask[rows]
-    for layer in cache.layers if room else []:
-        if type(layer) is DynamicLayer:
-            roomy = [F.pad(part, (0, 0, 0, room)) for part in (layer.keys, layer.values)]
-            layer.update = functools.partial(write_into, layer, roomy)
     return cache, logits, mask
-
-
-def write_into(layer, roomy, keys, values, *more, **options):
-    """The `update` of a cache's layer that has room for more keys and values."""
-    start = layer.get_seq_length()
-    end = start + keys.shape[-2]
-    for part, new in zip(roomy, (keys, values)):
-        part[:, :, start:end] = new
-    layer.keys, layer.values = [part[:, :, :end] for part in roomy]
-    return layer.keys, layer.values
 
 
 def shared_logits(model, prompt_ids, ids, mask):
