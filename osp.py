@@ -76,7 +76,7 @@ Ids = list[int]  # the token ids of one prompt or of one response
 
 class RunError(Exception):
     """Why a run cannot go on, in one sentence for the user. `code`: 2 before the first step, 1 later."""
-    def __init__(self, sentence: str, code: int = 2):
+    def __init__(self, sentence, code=2):
         super().__init__(sentence)
         self.code = code
 
@@ -187,8 +187,8 @@ def train_step(models, examples, method, step, args):
     """One step of the paper's Figure 2, by the stages of `method` (section 11). Pairs without a strength
     are left out of the mean; where none is kept, weights and schedule stay. Returns the step's line of
     metrics.jsonl."""
-    # make_pairs(models, examples, ...); of several processes each does a share, and gets all results
-    candidates, pairs = in_parallel(make_pairs, models, examples, method, step, args)
+    made = make_pairs(models, own_share(examples), method, step, args)
+    candidates, pairs = map(collected, made)  # of several processes each makes a share, and gets all
     pairs = sum(pairs, [])
     kept = [pair for pair in pairs if pair.strength is not None]
     figures = method.update(models, kept, method, step, args) if kept else {}
@@ -399,8 +399,7 @@ def update(models, pairs, method, step, args):
         rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
         losses = method.loss(*rewards, strength)  # (P,)
         (weight * losses.sum() / len(pairs)).backward()  # adds up to the mean over all pairs
-        log_ratio = (logps - ref_logps).mean(0)  # (P,)
-        seen.append(torch.stack([losses, *rewards, log_ratio], 1).tolist())
+        seen.append(torch.stack([losses, *rewards, (logps - ref_logps).mean(0)], 1).tolist())
     for pair, figures in zip(pairs, joined(seen)):  # of all parts, in order
         pair.measured = figures
     rate = models.scheduler.get_last_lr()[0]
@@ -433,7 +432,7 @@ def optimizer_step(models, loss, where, args):
     grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was "
-                       "made: start again with a lower learning rate.", code=1)
+                       "made: start again with a lower learning rate.", 1)
     models.optimizer.step()
     models.scheduler.step()
     models.optimizer.zero_grad()
@@ -509,7 +508,7 @@ def train(models, data, method, args):
     return report(evaluation, models, data, method, args)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Method:
     """The stages; the defaults are OSP. A variant replaces some, as in replace(osp(args), loss=...)."""
     sample: Callable = sample_policy  # models, examples, step, args -> candidates of each
@@ -536,7 +535,7 @@ def osp(args):
 METHODS = {"osp": osp}  # name -> what makes it from the arguments; sections 20, 21 and users add theirs
 
 
-def run_method(args) -> dict:
+def run_method(args):
     """The whole run; returns its summary. Raises RunError."""
     path = newest_start(args)
     policy, tokenizer = load_model(path, args)
@@ -1089,11 +1088,6 @@ def collected(share):
     return [items[i] for i in range(len(shares[0])) for items in shares if i < len(items)]
 
 
-def in_parallel(stage, models, rows, *more):
-    """What a stage returns, lists by row: each process works on its own rows, and gets all results."""
-    return [collected(result) for result in stage(models, own_share(rows), *more)]
-
-
 def micro_batches(model, items, size, args):
     """Yields this process's parts of at most `size` items, and the weight of their losses. FSDP averages
     the gradients of processes where the loss wants their sum, hence WORLD. All processes make equally
@@ -1102,7 +1096,7 @@ def micro_batches(model, items, size, args):
     parts = chunks(items, max(1, min(size, math.ceil(len(items) / WORLD))))
     model.train(args.gradient_checkpointing)  # else no mode with dropout is needed
     for i in progress(range(RANK, math.ceil(len(parts) / WORLD) * WORLD, WORLD), "gradients"):
-        yield parts[i % len(parts)], float(WORLD * (i < len(parts)))
+        yield parts[i % len(parts)], WORLD * (i < len(parts))
     used = [weight.grad is not None for weight in model.parameters()]
     if any(others != used for others in collected([used])):
         raise RunError("The processes use different parameters, as of experts: take one process.", 1)
@@ -1404,8 +1398,7 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
     return [found[tuple(ids)] for ids in questions]
 
 
-def preference_strength(model, tokenizer, prompts: list[Prompt], responses_1: list[str],
-                        responses_2: list[str], micro_batch_size: int = 8) -> Tensor:
+def preference_strength(model, tokenizer, prompts, responses_1, responses_2, micro_batch_size=8):
     """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1] by any language model, where p(1 > 2) +
     p(2 > 1) = 1. Reconstruction: the average of both orders."""
     models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
@@ -1852,10 +1845,10 @@ def true_strength(prompt, response_1, response_2):
 def builtin_prompts(split):
     """A split's prompts. Those of "ood" have phrasings and pairs of topic and person of their own."""
     texts, ood = [], split == "ood"
-    for topic, person, time, phrasing in itertools.product(
+    for topic, person, when, phrasing in itertools.product(
             TOPICS, PEOPLE, TIMES, OOD_PHRASINGS if ood else PHRASINGS):
         if ((TOPICS.index(topic) + PEOPLE.index(person)) % 4 == 0) == ood:
-            asked = phrasing.format(topic=topic, person=person, time=time)
+            asked = phrasing.format(topic=topic, person=person, time=when)
             texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
     random.Random(0).shuffle(texts)
     return texts[512:] if split == "train" else texts[:512]  # all of "ood"
@@ -2022,9 +2015,8 @@ def collect(models, data, method, args):
     questions, counts = worth_asking(sum([pairs[i] for i in kept], []), args)
     if not questions:
         refuse("No pair is left to ask about: take more prompts, wider bounds, another --output_dir")
-    summary = {"prompts": len(candidates), "prompts_kept": len(kept), **counts,
-               "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
-    return summary
+    return {"prompts": len(candidates), "prompts_kept": len(kept), **counts,
+            "labels": ask_human(questions, args), "labels_wanted": args.num_labels}
 
 
 def widest_spreads(candidates, share):
