@@ -50,7 +50,7 @@ import tempfile
 import time
 import zlib
 from collections import Counter, namedtuple
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -291,7 +291,7 @@ def equal_scores(models, examples, candidates, args, judge):
     return [[0.0] * len(own) for own in candidates]
 
 
-def ranked_pairs(scores: Sequence[float]) -> list[tuple[int, int]]:
+def ranked_pairs(scores: list[float]) -> list[tuple[int, int]]:
     """K scores of one prompt's responses -> K//2 pairs (better, worse): best with worst, then inwards.
     [0.5, 0.9, 0.1, 0.7] -> [(1, 2), (3, 0)]. An odd K leaves out the middle; ties keep their order.
     Source: the paper for K//2. Reconstruction: which; they range from a landslide to a near tie."""
@@ -1180,9 +1180,9 @@ def check_tokenizer(model, tokenizer, args):
         tokenizer.backend_tokenizer.model.dropout = None
     tokenizer.apply_chat_template = functools.partial(
         tokenizer.apply_chat_template, **args.chat_template_kwargs)
-    if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
-        refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
+        if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
+            refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
         ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
         ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
     vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
