@@ -412,13 +412,13 @@ def make_optimizer(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
     weights are fp32 even with --bf16: bf16 weights would round small updates away. A schedule of one
     step more is taken from its second rate on, since the first rate of a warm-up is 0."""
-    weights, warmup = models.policy.parameters(), in_steps(args.warmup_steps, steps)
+    warmup = in_steps(args.warmup_steps, steps)
     if args.warmup_steps < 1:
         warmup = min(warmup, steps - 1)  # a single step has none
     elif warmup >= steps:
         say(f"Warning: the warm-up of {warmup} steps is longer than the {steps} that there are")
     models.optimizer = torch.optim.AdamW(
-        weights, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        models.policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     models.scheduler = transformers.get_scheduler(
         args.lr_scheduler_type, models.optimizer, warmup + 1, steps + 1)
     models.optimizer.step()  # without gradients it does nothing; torch wants it before the next line
@@ -1744,8 +1744,8 @@ def parse_row(raw):
         prompt, *responses = map(cleaned, row)
     except ValueError as reason:
         return str(reason)
-    except (LookupError, TypeError, AttributeError):
-        return "not in the format of the data's columns"
+    except (LookupError, TypeError, AttributeError) as error:  # it names the type that was found
+        return f"not in the format of the data's columns ({error})"
     if isinstance(prompt, list) and prompt[-1]["role"] != "user":
         return "the prompt does not end with a user's message"
     responses = [response.strip() for response in responses]

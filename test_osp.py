@@ -548,7 +548,7 @@ def test_every_format_of_data(tmp_path, name, suffix):
 @mark.parametrize("raw, why", [
     (texts(HEAD, ""), "without text"),
     ({"prompt": json.dumps(chat("q"), indent=1)}, "messages that are one text"),
-    ({"prompt": 5}, "not in the format"), ({"prompt": chat("q", "\u200b", "r")}, "without text"),
+    ({"prompt": 5}, "'int' object"), ({"prompt": chat("q", "\u200b", "r")}, "without text"),
     (texts(HEAD, " bad "), "identical responses"),
     (texts(HEAD, " good\n\nHuman: r\n\nAssistant: c"), "a role marker inside"),
     ({"prompt": chat("q", "a")}, "does not end with a user's"),
