@@ -1567,7 +1567,7 @@ def verdict_format(tokenizer):
         if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
             return end, with_a[-1], with_b[-1]
     raise RunError("This tokenizer never makes one token each of the verdicts A and B after the judge's "
-               "question: change the end of JUDGE_FRAME in osp.py.")
+                   "question: change the end of JUDGE_FRAME in osp.py.")
 
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):
