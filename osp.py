@@ -30,9 +30,9 @@ The paper's public text leaves some steps open. This project filled them in. Doc
 Shapes: B prompts, K responses a prompt, P pairs, N sequences, T columns of tokens, V words of the
 vocabulary. A and B are the places in the judge's question, and Pr(A) is the probability of the verdict
 A. 1 and 2 are the responses of a pair: _1 is of Pair.better, which ranks higher, _2 of Pair.worse. A
-strength p says how likely 1 is better. `logps` is always a SUM over a response's
-tokens, its EOS included, its prompt excluded; `token_logps` is per token. A response that was cut off
-has no EOS. `args` is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
+strength p says how likely 1 is better. `logps` is always a SUM over a response's tokens, its EOS
+included, its prompt excluded; `token_logps` is per token. A response that was cut off has no EOS. `args`
+is an Arguments: section 1, and what Part II adds to it. `models` is a Models.
 """
 import difflib
 import fcntl
