@@ -1185,8 +1185,8 @@ def check_tokenizer(model, tokenizer, args):
             refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
         ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
         ids += encode_responses(tokenizer, ["x"], ["y"], 99)[0]
-    vocabulary, control = tokenizer.get_vocab(), control_tokens(tokenizer)  # which no text becomes
-    ids += [i for token, i in vocabulary.items() if not control.fullmatch(token)]
+    vocabulary = tokenizer.get_vocab()  # no text becomes a control token
+    ids += [i for token, i in vocabulary.items() if not control_tokens(tokenizer).fullmatch(token)]
     if max(ids) >= embedded:
         refuse(f"The tokenizer of {name!r} makes the token {max(ids)}, but the model embeds only "
                f"{embedded}: take the tokenizer that belongs to it")
@@ -1410,8 +1410,8 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
     stops, found = stop_token_ids(model, tokenizer), [[] for _ in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
-    asked = itertools.product(range(len(rows)), ks)
-    asked = sorted(asked, key=lambda one: len(prompts[one[0]]))  # long ones by themselves
+    asked = sorted(itertools.product(range(len(rows)), ks),
+                   key=lambda one: len(prompts[one[0]]))  # long ones by themselves
     size = max(1, min(args.micro_batch_size, SAMPLING_BATCH_SIZE // len(ks)))  # prompts side by side
     with inference(model, args.bf16) as model:
         for part in progress(chunks(asked, size * len(ks)), "sampling"):
@@ -1519,11 +1519,16 @@ def frame(tokenizer, prompt):
     if not tokenizer.chat_template:
         text = prompt if isinstance(prompt, str) else f"\n\n{transcript(prompt)}\n\nAssistant:"
         return plain(tokenizer, text), " ", tokenizer.eos_token  # "Assistant:" and " Hi"
-    turns = as_messages(prompt)
-    messages = [one | {"content": plain(tokenizer, one["content"])} for one in turns]
+    messages = [one | {"content": plain(tokenizer, one["content"])} for one in as_messages(prompt)]
     before, behind = split_at_answer(tokenizer, messages)
     head, end = before.rstrip(" "), control_tokens(tokenizer).search(behind)
     return head, before[len(head):], behind[: end.end()] if end else tokenizer.eos_token
+
+
+@functools.cache
+def first_ids(tokenizer):
+    """The ids that the tokenizer puts before every text, such as BOS."""
+    return os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
 
 
 def encode(tokenizer, texts):
@@ -1532,8 +1537,7 @@ def encode(tokenizer, texts):
     rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     if tokenizer.chat_template:
         return rows
-    first = os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
-    return [first + ids for ids in rows]
+    return [first_ids(tokenizer) + ids for ids in rows]
 
 
 def encode_prompts(tokenizer, prompts):
