@@ -56,7 +56,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that spin are slow beside other work
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for long are slow beside other work
 import datasets
 import jinja2
 import numpy as np
@@ -232,6 +232,7 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
     token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
     cache, logits, mask = prefill(model, prompt_ids)  # logits (N, V) of the first tokens
+    make_room(cache)
     noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)  # (N,)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
@@ -259,15 +260,15 @@ def judge_question(prompt: Prompt, a: str, b: str) -> str:
 
 
 def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
-    """N questions -> (N,) log-odds that A is better: the logit of "A" minus that of "B", the two verdict
-    tokens that may follow. Pr(A), the softmax over both, is their sigmoid. Raises RunError if one is no
+    """N questions -> (N,) log-odds that A is better: the log-probability of the verdict "A" minus that
+    of "B". Pr(A), which leaves out all other tokens, is their sigmoid. Raises RunError if one is no
     number. Source: the paper for the probability of a verdict."""
     _, *verdicts = verdict_format(models.tokenizer)  # the ids of "A" and "B"
     limit = context_length(models.judge)
     questions = encode_questions(models.tokenizer, prompts, shown_as_a, shown_as_b, limit)
     with inference(models.judge) as judge:  # without gradients; the prompts tell it what may be shared
-        logits = question_logits(judge, prompts, questions, verdicts, args.micro_batch_size)
-    log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logits])
+        logps = question_logps(judge, prompts, questions, verdicts, args.micro_batch_size)
+    log_odds = torch.tensor([(for_a - for_b).item() for for_a, for_b in logps])
     if log_odds.isnan().any():
         raise RunError("The judge's verdicts are not numbers: its weights or precision are broken.", 1)
     return log_odds
@@ -341,11 +342,11 @@ def chosen_logps(logits, ids):
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
-                   micro_batch_size: int = 8) -> Tensor:
+                   micro_batch_size: int = 8, like=None) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
-    Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
-    checkpointing = model.training and model.is_activation_checkpointing  # which allows no sharing
-    share = not checkpointing and shares_prompts(model)
+    Sums and not means: the implicit reward is a ratio of the probabilities of whole responses. Where
+    another model is given, its passes are `like` those of that one."""
+    share = shares_prompts(like or model)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     logps = torch.zeros(len(prompt_ids), device=model.device)
     for part in progress(chunks(order, micro_batch_size), "log-probabilities"):  # equal prompts together
@@ -354,17 +355,17 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     return logps
 
 
-def pair_logps(model, pairs):
+def pair_logps(model, pairs, like=None):
     """P pairs -> (2, P) logps: of the better responses, and of the worse ones, in one forward pass."""
     prompts = [pair.example.ids for pair in pairs] * 2
     responses = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
-    return response_logps(model, prompts, responses, 2 * len(pairs)).reshape(2, -1)
+    return response_logps(model, prompts, responses, 2 * len(pairs), like).reshape(2, -1)
 
 
 def reference_logps(models, pairs):
-    """P pairs -> (2, P) logps under the frozen reference."""
+    """P pairs -> (2, P) logps under the frozen reference, by passes like the policy's."""
     with inference(models.reference) as reference:
-        return pair_logps(reference, pairs)
+        return pair_logps(reference, pairs, models.policy)
 
 
 # 8. The reward, and the SPCE loss -----------------------------------------------------------------
@@ -394,7 +395,7 @@ def update(models, pairs, method, step, args):
     # a sum: it is 1 in one process
     for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
         logps = pair_logps(models.policy, part)  # (2, P)
-        ref_logps = method.reference(models, part)  # (2, P), by an equal pass: h is exactly 0 at first
+        ref_logps = method.reference(models, part)  # (2, P); h is exactly 0 at first
         strength = torch.tensor([pair.strength for pair in part], device=logps.device)  # (P,)
         rewards = method.reward(logps, ref_logps, part, args)  # (2, P)
         losses = method.loss(*rewards, strength)  # (P,)
@@ -454,35 +455,49 @@ def supervised_finetune(models, preferences, args):
     for step, log in resumable_steps("sft", steps, models, args):
         allowed = math.ceil(n * EASY_SHARE) if step < easy_steps else n
         batch = [by_length[i] for i in step_indices(allowed, size, step, args.seed)]
-        losses = {}
-        for task, (prompts, targets) in supervised_tasks(models, batch, args).items():
-            losses[task] = add_supervised_gradient(models.policy, prompts, targets, args)
+        respond, judge = supervised_tasks(models, batch, args)
+        tokens, pairs = sum(len(response) for _, response in respond), args.micro_batch_size // 2
+        losses = {
+            "respond": add_supervised_gradient(models, respond, respond_losses, tokens, 2 * pairs, args),
+            "judge": add_supervised_gradient(models, judge, judge_losses, 2 * len(judge), pairs, args)}
         optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
         log({"step": step + 1} | losses)
 
 
 def supervised_tasks(models, batch, args):
-    """(prompt, chosen, rejected)s -> both tasks' prompts and targets as ids; the loss is on the targets.
+    """(prompt, chosen, rejected)s -> the items of both tasks, as ids.
 
-    respond: the chosen responses with their EOS. A third is enough: it is learned long before judging.
-    judge: the right verdict on each pair, in both orders. Reconstruction: the third, both orders, and
-    the loss on the verdict alone."""
+    respond: (prompt, chosen response with its EOS)s. A third is enough: it is learned long before
+    judging. judge: each pair's question with the chosen response as A, and with it as B.
+    Reconstruction: the third, and both orders."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
-    some = prompts[: math.ceil(len(batch) / 3)]
+    some, limit = prompts[: math.ceil(len(batch) / 3)], context_length(models.policy)
     responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
-    questions = encode_questions(tokenizer, prompts * 2, chosen + rejected, rejected + chosen,
-                                 context_length(models.policy) - 1)  # room for the verdict
-    _, for_a, for_b = verdict_format(tokenizer)  # the ids of "A" and "B"
-    verdicts = [[for_a]] * len(batch) + [[for_b]] * len(batch)
-    return {"respond": (encode_prompts(tokenizer, some), responses), "judge": (questions, verdicts)}
+    chosen_as_a = encode_questions(tokenizer, prompts, chosen, rejected, limit)
+    chosen_as_b = encode_questions(tokenizer, prompts, rejected, chosen, limit)
+    return [*zip(encode_prompts(tokenizer, some), responses)], [*zip(chosen_as_a, chosen_as_b)]
 
 
-def add_supervised_gradient(policy, prompts, targets, args):
-    """Adds the gradient of one task's mean loss over all target tokens; returns that loss."""
-    items = sorted(zip(prompts, targets), key=lambda item: len(item[0]))
-    tokens, seen = sum(map(len, targets)), []
-    for part, weight in micro_batches(policy, items, args.micro_batch_size, args):
-        losses = -token_logps(policy, *zip(*part)).sum(1)  # (N,)
+def respond_losses(models, items):
+    """N items -> (N,) losses, each the sum over a response's tokens of -log pi(token)."""
+    return -token_logps(models.policy, *zip(*items)).sum(1)
+
+
+def judge_losses(models, items):
+    """P items -> (P,) losses, each the sum over both orders of -log pi(the right verdict), over all
+    tokens and not these two alone. Reconstruction: that the loss is on the verdict alone."""
+    _, *verdicts = verdict_format(models.tokenizer)
+    questions, numbers = sum(zip(*items), ()), [*range(len(items))] * 2
+    logps = question_logps(models.policy, numbers, questions, verdicts, len(questions))
+    logps = torch.stack(logps)  # (2 P, 2), of "A" and of "B"
+    return -logps[: len(items), 0] - logps[len(items):, 1]
+
+
+def add_supervised_gradient(models, items, losses_of, tokens, size, args):
+    """Adds the gradient of a task's mean loss over all its target tokens; returns that loss."""
+    items, seen = sorted(items, key=lambda item: len(item[0])), []
+    for part, weight in micro_batches(models.policy, items, size, args):
+        losses = losses_of(models, part)
         (weight * losses.sum() / tokens).backward()
         seen.append(losses.tolist())
     return sum(loss for _, loss in zip(items, joined(seen))) / tokens
@@ -1212,10 +1227,11 @@ def check_weights(model, keys):
 
 
 def shares_prompts(model):
-    """Whether the keys and values of a prompt may be shared; check_passes finds it out."""
+    """Whether keys and values of a prompt may be shared: as check_passes found out, and not where
+    activations are computed again in the backward pass."""
     if not hasattr(model, "shares_prompts"):  # not loaded by this program
         check_passes(model, False)
-    return model.shares_prompts
+    return model.shares_prompts and not (model.training and model.is_activation_checkpointing)
 
 
 def check_passes(model, training, ways=(True, False)):
@@ -1252,11 +1268,12 @@ def passes_differ(model, training):
     plain = torch.stack(plain).float()  # (3, 7, V)
     right = chosen_logps(plain[:, :-1], tokens)
     cache, logits, mask = prefill(model.train(training), prompts)
+    make_room(cache)
     sampled = [logits]
     for token in tokens.T[:-1]:
         mask = F.pad(mask, (0, 1), value=1)
         sampled.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
-    odds = torch.stack(question_logits(model, "xyx", wholes, verdicts, 3)).diff()
+    odds = torch.stack(question_logps(model, "xyx", wholes, verdicts, 3)).diff()
     gaps = [token_logps(model, prompts, responses, shares_prompts(model)) - right,
             chosen_logps(torch.stack(sampled, 1), tokens) - right,
             odds - plain[:, -1, verdicts].diff()]
@@ -1365,6 +1382,30 @@ def prefill(model, prompt_ids):
     return cache, logits, mask
 
 
+class RoomyLayer(transformers.cache_utils.DynamicLayer):
+    """A layer's keys and values, where those of the next tokens are written into free room: to join
+    tensors would copy all of them for every token."""
+    room = None
+
+    def update(self, keys, values, *args, **kwargs):
+        """Adds those of new tokens; returns all."""
+        begin, end = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
+        if self.room is None or end > self.room[0].shape[-2]:
+            old = self.keys.to(values.dtype), self.values  # to bf16, as autocast does at every use
+            self.room = [F.pad(states, (0, 0, 0, 128)) for states in old]
+        for room, new in zip(self.room, (keys, values)):
+            room[:, :, begin:end] = new
+        self.keys, self.values = [room[:, :, :end] for room in self.room]
+        return self.keys, self.values
+
+
+def make_room(cache):
+    """Lets the plain layers of a cache grow in place, for passes without gradients."""
+    for layer in cache.layers:
+        if type(layer) is transformers.cache_utils.DynamicLayer:
+            layer.__class__ = RoomyLayer
+
+
 def shared_logits(model, prompt_ids, ids, mask):
     """N prompts, and their responses padded on the right, (N, T) -> the logits (N, T, V) that predict
     them. Equal prompts are computed once, which is a third of the time of an update."""
@@ -1374,9 +1415,9 @@ def shared_logits(model, prompt_ids, ids, mask):
     return torch.cat([first[:, None], rest], 1)[:, : ids.shape[1]]
 
 
-def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
-    """N questions as ids -> the logits (2,) of the two verdicts at the end of each. Equal questions are
-    asked once, and the head that a prompt's questions share is computed once: it halves the time."""
+def question_logps(judge, prompts, questions, verdicts, micro_batch_size):
+    """N questions as ids -> the fp32 log-probabilities (2,) of the two verdicts after each. Equal ones
+    are asked once, and the head that a prompt's questions share is computed once: it halves the time."""
     of_prompt, rows, found = {}, set(), {}
     for prompt, ids in zip(prompts, questions):
         of_prompt.setdefault(str(prompt), []).append(tuple(ids))
@@ -1389,12 +1430,14 @@ def question_logits(judge, prompts, questions, verdicts, micro_batch_size):
         ids, mask = right_padded(tails, judge.device)  # on the left a hole would be between
         ends, cache = mask.sum(1) - 1, None
         if heads[-1]:
-            cache, _, head_mask = prefill(judge, heads)
+            cache, first, head_mask = prefill(judge, heads)
             mask = torch.cat([head_mask, mask], 1)
         kept, column = ends.unique(return_inverse=True)
         logits = forward(judge, ids, mask, kept, cache)[torch.arange(len(part)), column]
-        logits = logits[:, verdicts].float()
-        found |= {ids: row for (_, ids), row in zip(part, logits)}
+        logps = logits.float().log_softmax(-1)[:, verdicts]
+        if WORLD > 1 and heads[-1]:
+            logps = logps + 0 * first[:, verdicts]  # FSDP waits for gradients of every pass's output
+        found |= {ids: row for (_, ids), row in zip(part, logps)}
     return [found[tuple(ids)] for ids in questions]
 
 
@@ -1618,8 +1661,8 @@ def load_data(readers, args):
         refuse(f"No split {one!r}: give --dataset_train_split or --dataset_test_split from {[*splits]}")
     sft = args.sft and columns_read(splits[train].column_names)[-1] in ("choice", "rejected")
     most_sft = sft * sft_steps(splits[train], args) * args.sft_batch_size
-    wanted = max(4 * args.num_train_prompts, most_sft)
-    rows = usable_rows(splits[train], unfit, "training", wanted + 10 * few)
+    wanted, more = max(4 * args.num_train_prompts, most_sft), 0 if test else 10 * few
+    rows = usable_rows(splits[train], unfit, "training", wanted + more, args.num_train_prompts + more)
     measured = usable_rows(splits[test], unfit, "held-out") if test else rows
     ood = usable_rows(splits["ood"], unfit, "out-of-domain") if "ood" in splits else []
     prompts = list(dict.fromkeys(transcript(row[0]) for row in measured))
@@ -1659,9 +1702,9 @@ def why_unfit(prompt, *responses, readers, new_tokens):
             return f"too long for {limit} tokens with two responses of --max_new_tokens"
 
 
-def usable_rows(raws, unfit, name, wanted=-1):
-    """The first usable rows, of `wanted` distinct prompts (-1: all); says what is read, what is not, and
-    what is dropped. Raises RunError."""
+def usable_rows(raws, unfit, name, wanted=sys.maxsize, wanted_prompts=0):
+    """The first usable rows, as many as are wanted, of as many distinct prompts; says what is read, what
+    is not, and what is dropped. Raises RunError."""
     kept, dropped, prompts = [], Counter(), set()
     used = columns_read(raws.column_names)
     with trying(f"read the {name} rows", "give the data as UTF-8 text"):
@@ -1672,7 +1715,7 @@ def usable_rows(raws, unfit, name, wanted=-1):
             else:
                 kept.append(row)
                 prompts.add(transcript(row[0]))
-            if len(prompts) == wanted:
+            if len(kept) >= wanted and len(prompts) >= wanted_prompts:
                 break
     said = f"{name} rows: {len(kept)} of {used}; not read: {raws.remove_columns(used).column_names}"
     for reason, n in dropped.most_common():
@@ -1791,8 +1834,9 @@ def parse_pair(prompt, chosen, rejected):
     if isinstance(chosen, str):
         shared = os.path.commonprefix([chosen, rejected])
         prompt = prompt or "".join(shared.rpartition("\n\nAssistant:")[:2])  # the LAST that both share
-        repeated = re.match(re.escape(str(prompt)) + r"(\s|(?<=\W))", shared)  # as whole words
-        end = len(prompt) if repeated else 0
+        end = len(prompt) if shared.startswith(str(prompt)) else 0
+        if re.match(r"\w(\S|$)", shared[end - 1 : end + 1]):  # it would end within a word
+            end = 0
         return prompt, chosen[end:], rejected[end:]
     *shared, one = chosen
     *others, two = rejected

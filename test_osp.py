@@ -299,8 +299,10 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
 def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
     """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
     pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
-    monkeypatch.setattr(osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or {})
     monkeypatch.setattr(osp, "optimizer_step", mock.Mock())
+    monkeypatch.setattr(osp, "add_supervised_gradient", lambda *_: 0.0)
+    monkeypatch.setattr(
+        osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or ([], []))
     args = arguments(f"--output_dir {tmp_path} --sft_batch_size 4 --sft_max_steps {steps}")
     model, tokenizer = osp.builtin_model(0)
     osp.supervised_finetune(Models(tokenizer, model), pairs, args)
@@ -406,8 +408,8 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
         assert ("> rain\n" in text) == ("rain" in (a, b))  # the short response is whole
     models = Models(BYTES, absolute(max_position_embeddings=130))
     batch = [("hi", "x" * n, "y") for n in range(99)]
-    questions, _ = osp.supervised_tasks(models, batch, arguments())["judge"]
-    assert max(map(len, questions)) == 129  # room for the verdict
+    _, items = osp.supervised_tasks(models, batch, arguments())
+    assert max(map(len, sum(items, ()))) == 130
 
 
 def test_judge_figures_by_hand(monkeypatch):
@@ -1010,7 +1012,8 @@ def test_a_checkpoint_is_not_written_after_the_last_step(tmp_path, monkeypatch, 
 def apart(work, *args):
     """Does work in a process of its own. Returns its exit code, or less the signal that ended it."""
     process = multiprocessing.get_context("fork").Process(target=work, args=args)
-    process.start()
+    with mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):  # a fork may start no threads
+        process.start()
     process.join()
     return process.exitcode
 
@@ -1824,7 +1827,7 @@ def draw_vectors():
     given = GIVEN["draws"]
     logits, noise = torch.tensor(given["logits"]), torch.tensor(given["noise"], dtype=torch.float64)
     model = mock.Mock(device="cpu", words=None)
-    with mock.patch.object(osp, "prefill", lambda *_: (None, logits, None)):
+    with mock.patch.object(osp, "prefill", lambda *_: (mock.Mock(layers=[]), logits, None)):
         ids = osp.sample(model, None, noise[:, None], given["temperature"], [])
     return given | {"ids": ids}
 
@@ -1870,9 +1873,15 @@ def model_vectors(kind):
 def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
     models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
-    for task, texts in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
-        loss = osp.add_supervised_gradient(models.policy, *texts, args)
-        found |= {f"{task}.prompt_ids": texts[0], f"{task}.target_ids": texts[1], f"{task}.loss": loss}
+    respond, judge = osp.supervised_tasks(models, GIVEN["pairs"], args)
+    _, *verdicts = osp.verdict_format(models.tokenizer)
+    questions = [*zip(*judge)]  # with the chosen responses as A, and with them as B
+    tasks = {"respond": (respond, osp.respond_losses, *zip(*respond)),
+             "judge": (judge, osp.judge_losses, sum(questions, ()), np.repeat(verdicts, len(judge)))}
+    for task, (items, losses_of, prompts, targets) in tasks.items():
+        tokens = np.concatenate(targets, None).size
+        found |= {f"{task}.prompt_ids": prompts, f"{task}.target_ids": targets}
+        found[f"{task}.loss"] = osp.add_supervised_gradient(models, items, losses_of, tokens, 2, args)
     return {"pairs": GIVEN["pairs"]} | found | parameters_of(models.policy, "grad", "gradient")
 
 
