@@ -48,19 +48,15 @@ import signal
 import sys
 import tempfile
 import time
-import zlib
 from collections import Counter, namedtuple
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")  # threads that wait for long are slow beside other work
+os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # threads that wait for long are slow beside other work
 import datasets
-import jinja2
 import numpy as np
-import pandas
 import tokenizers
 import torch
 import torch.distributed as dist
@@ -232,7 +228,6 @@ def sample(model, prompt_ids, noise, temperature, stop_ids):
     On-policy means the distribution itself: no top-k, no top-p, nothing of the generation_config. A
     token is the first whose cumulative probability exceeds its noise, which does not know the batch."""
     cache, logits, mask = prefill(model, prompt_ids)  # logits (N, V) of the first tokens
-    make_room(cache)
     noise, stops = noise.to(model.device), torch.tensor(stop_ids, device=model.device)
     ended = torch.zeros_like(logits[:, 0], dtype=torch.bool)  # (N,)
     lengths, tokens = torch.zeros_like(ended, dtype=torch.long), []
@@ -260,9 +255,9 @@ def judge_question(prompt: Prompt, a: str, b: str) -> str:
 
 
 def language_model_judge(models, prompts, shown_as_a, shown_as_b, args):
-    """N questions -> (N,) log-odds that A is better: the log-probability of the verdict "A" minus that
-    of "B". Pr(A), which leaves out all other tokens, is their sigmoid. Raises RunError if one is no
-    number. Source: the paper for the probability of a verdict."""
+    """N questions -> (N,) log-odds of A: the log-probability of the verdict "A" less that of "B". Pr(A),
+    with all other tokens left out, is their sigmoid. Raises RunError if one is no number. Source: the
+    paper for the probability of a verdict."""
     _, *verdicts = verdict_format(models.tokenizer)  # the ids of "A" and "B"
     limit = context_length(models.judge)
     questions = encode_questions(models.tokenizer, prompts, shown_as_a, shown_as_b, limit)
@@ -342,11 +337,10 @@ def chosen_logps(logits, ids):
 
 
 def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
-                   micro_batch_size: int = 8, like=None) -> Tensor:
+                   micro_batch_size: int = 8) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
-    Sums and not means: the implicit reward is a ratio of the probabilities of whole responses. Where
-    another model is given, its passes are `like` those of that one."""
-    share = shares_prompts(like or model)
+    Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
+    share = shares_prompts(model)
     order = sorted(range(len(prompt_ids)), key=lambda i: (len(prompt_ids[i]), prompt_ids[i]))
     logps = torch.zeros(len(prompt_ids), device=model.device)
     for part in progress(chunks(order, micro_batch_size), "log-probabilities"):  # equal prompts together
@@ -355,17 +349,17 @@ def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
     return logps
 
 
-def pair_logps(model, pairs, like=None):
+def pair_logps(model, pairs):
     """P pairs -> (2, P) logps: of the better responses, and of the worse ones, in one forward pass."""
     prompts = [pair.example.ids for pair in pairs] * 2
     responses = [pair.better.ids for pair in pairs] + [pair.worse.ids for pair in pairs]
-    return response_logps(model, prompts, responses, 2 * len(pairs), like).reshape(2, -1)
+    return response_logps(model, prompts, responses, 2 * len(pairs)).reshape(2, -1)
 
 
 def reference_logps(models, pairs):
-    """P pairs -> (2, P) logps under the frozen reference, by passes like the policy's."""
+    """P pairs -> (2, P) logps under the frozen reference, by the same kind of passes as the policy's."""
     with inference(models.reference) as reference:
-        return pair_logps(reference, pairs, models.policy)
+        return pair_logps(reference.train(models.policy.training), pairs)
 
 
 # 8. The reward, and the SPCE loss -----------------------------------------------------------------
@@ -465,11 +459,9 @@ def supervised_finetune(models, preferences, args):
 
 
 def supervised_tasks(models, batch, args):
-    """(prompt, chosen, rejected)s -> the items of both tasks, as ids.
-
-    respond: (prompt, chosen response with its EOS)s. A third is enough: it is learned long before
-    judging. judge: each pair's question with the chosen response as A, and with it as B.
-    Reconstruction: the third, and both orders."""
+    """(prompt, chosen, rejected)s -> the items of both tasks, as ids: for responding, (prompt, chosen
+    response)s of a third, which is learned long before judging; for judging, each pair's question with
+    the chosen response as A, and with it as B. Reconstruction: the third, and both orders."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
     some, limit = prompts[: math.ceil(len(batch) / 3)], context_length(models.policy)
     responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
@@ -484,8 +476,8 @@ def respond_losses(models, items):
 
 
 def judge_losses(models, items):
-    """P items -> (P,) losses, each the sum over both orders of -log pi(the right verdict), over all
-    tokens and not these two alone. Reconstruction: that the loss is on the verdict alone."""
+    """P items -> (P,) losses, each the sum over both orders of -log pi(right verdict), among all tokens.
+    Reconstruction: that the loss is on the verdict alone."""
     _, *verdicts = verdict_format(models.tokenizer)
     questions, numbers = sum(zip(*items), ()), [*range(len(items))] * 2
     logps = question_logps(models.policy, numbers, questions, verdicts, len(questions))
@@ -560,7 +552,7 @@ def run_method(args):
     if not args.dataset_name:
         method = replace(method, gold=gold_reward)
     data = load_data([(policy, tokenizer), *others.values()], args)
-    args.data_fingerprint = zlib.crc32(repr(data).encode())
+    args.data_fingerprint = datasets.fingerprint.Hasher.hash(repr(data))
     check_folder(args)  # once more, by what was read
     say(forecast(policy, data, args))
 
@@ -580,11 +572,6 @@ def run_method(args):
 
 # Part II: what makes it practical. A reader of the method may stop here. ==========================
 # 12. The command line -----------------------------------------------------------------------------
-def json_object(text):
-    """A JSON object, as of an option; argparse refuses what raises here."""
-    return dict(json.loads(text))
-
-
 @dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
@@ -594,7 +581,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: json_object = field(default_factory=dict)  # JSON for the template
+    chat_template_kwargs: json.loads = field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     # -- speed and memory --
@@ -780,9 +767,8 @@ def evaluate(models, rows, before, method, args):
     figures = described(models, after, golds[0]) | verdict_figures(texts, *verdicts)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
-    if len(wins) > 1:
-        figures["win_rate_vs_sft_se"] = pandas.Series(wins).sem(ddof=0)
-    return figures | {"examples": texts[:3]}
+    error = float(np.std(wins) / math.sqrt(len(wins)))
+    return figures | {"win_rate_vs_sft_se": error, "examples": texts[:3]}
 
 
 def golds_of(texts, gold):
@@ -838,20 +824,8 @@ def step_figures(models, candidates, pairs, kept, method, args):
     return figures
 
 
-def draw_curves(folder):
-    """metrics.jsonl -> curves.png."""
-    from matplotlib.figure import Figure  # here, since it takes a second to load
-    names = "eval_win_rate_vs_sft eval_gold_reward eval_kl strength_mean margin response_tokens".split()
-    figure = Figure(figsize=(11, 6), layout="constrained")  # pyplot's own would stay open
-    curves = pandas.read_json(folder / "metrics.jsonl", lines=True)
-    curves = curves.reindex(columns=["step", *names]).astype(float).set_index("step")
-    curves.plot(subplots=True, ax=figure.subplots(2, 3), marker=".")
-    with written_whole(folder / "curves.png") as scratch:
-        figure.savefig(scratch, format="png", dpi=110)
-
-
 def report(summary, models, data, method, args):
-    """Writes the model and the curves, and measures what is measured once. Returns the summary."""
+    """Writes the model, and measures what is measured once. Returns the summary."""
     save_model(models, args.output_dir)
     if data.held_out_preferences:
         summary |= judge_figures(models, data.held_out_preferences, method, args)
@@ -862,7 +836,6 @@ def report(summary, models, data, method, args):
     summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples),
                 "steps": method_steps(data.examples, args), "seed": args.seed,
                 "self_judged": not (method.gold or args.eval_judge_name_or_path)}
-    draw_curves(args.output_dir)
     return summary
 
 
@@ -877,7 +850,7 @@ def show(summary, args):
     for prompt, after, before in summary["examples"]:
         say(f"\n{transcript(prompt)}\n  SFT: {before}\n  policy: {after}")
     say(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
-        "metrics.jsonl, summary.json and curves.png.\n")
+        "metrics.jsonl and summary.json.\n")
 
 
 def report_table(summary, method):
@@ -1193,9 +1166,9 @@ def check_tokenizer(model, tokenizer, args):
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
     with suppress(AttributeError):  # few have it: merges that are left out at random
         tokenizer.backend_tokenizer.model.dropout = None
-    tokenizer.apply_chat_template = functools.partial(
-        tokenizer.apply_chat_template, **args.chat_template_kwargs)
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
+        tokenizer.apply_chat_template = functools.partial(
+            tokenizer.apply_chat_template, **args.chat_template_kwargs)
         if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
             refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
         ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
@@ -1268,7 +1241,6 @@ def passes_differ(model, training):
     plain = torch.stack(plain).float()  # (3, 7, V)
     right = chosen_logps(plain[:, :-1], tokens)
     cache, logits, mask = prefill(model.train(training), prompts)
-    make_room(cache)
     sampled = [logits]
     for token in tokens.T[:-1]:
         mask = F.pad(mask, (0, 1), value=1)
@@ -1374,6 +1346,9 @@ def prefill(model, prompt_ids):
         distinct = list(dict.fromkeys(prompts))
     ids, mask = left_padded(distinct, model.device)
     cache = transformers.DynamicCache(config=model.config)
+    for layer in cache.layers:
+        if type(layer) is transformers.cache_utils.DynamicLayer:
+            layer.__class__ = RoomyLayer
     logits = forward(model, ids, mask, 1, cache)[:, -1]
     if distinct != prompts:
         rows = torch.tensor([distinct.index(ids) for ids in prompts], device=model.device)
@@ -1383,27 +1358,22 @@ def prefill(model, prompt_ids):
 
 
 class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """A layer's keys and values, where those of the next tokens are written into free room: to join
-    tensors would copy all of them for every token."""
+    """A layer's keys and values; without gradients those of new tokens are written into free room. To
+    join tensors, as the library does, copies all of them for every token."""
     room = None
 
     def update(self, keys, values, *args, **kwargs):
         """Adds those of new tokens; returns all."""
+        if torch.is_grad_enabled() or not self.is_initialized:
+            return super().update(keys, values)
         begin, end = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
         if self.room is None or end > self.room[0].shape[-2]:
             old = self.keys.to(values.dtype), self.values  # to bf16, as autocast does at every use
-            self.room = [F.pad(states, (0, 0, 0, 128)) for states in old]
+            self.room = [F.pad(states, (0, 0, 0, end - begin + 127)) for states in old]
         for room, new in zip(self.room, (keys, values)):
             room[:, :, begin:end] = new
         self.keys, self.values = [room[:, :, :end] for room in self.room]
         return self.keys, self.values
-
-
-def make_room(cache):
-    """Lets the plain layers of a cache grow in place, for passes without gradients."""
-    for layer in cache.layers:
-        if type(layer) is transformers.cache_utils.DynamicLayer:
-            layer.__class__ = RoomyLayer
 
 
 def shared_logits(model, prompt_ids, ids, mask):
@@ -1439,14 +1409,6 @@ def question_logps(judge, prompts, questions, verdicts, micro_batch_size):
             logps = logps + 0 * first[:, verdicts]  # FSDP waits for gradients of every pass's output
         found |= {ids: row for (_, ids), row in zip(part, logps)}
     return [found[tuple(ids)] for ids in questions]
-
-
-def preference_strength(model, tokenizer, prompts, responses_1, responses_2, micro_batch_size=8):
-    """P pairs of texts -> (P,) strengths p(1 > 2) in [0, 1] by any language model, where p(1 > 2) +
-    p(2 > 1) = 1. Reconstruction: the average of both orders."""
-    models, args = Models(tokenizer, judge=model), Arguments(micro_batch_size=micro_batch_size)
-    texts = prompts, responses_1, responses_2
-    return averaged_strength(*both_orders(language_model_judge, models, *texts, args))
 
 
 def respond(model, tokenizer, rows, ks, step, args, source="policy"):
@@ -1520,7 +1482,7 @@ def split_at_answer(tokenizer, messages):
             text = tokenizer.apply_chat_template(
                 given, chat_template=DATED + tokenizer.get_chat_template(), tokenize=False)
         except Exception as error:  # of any kind: a template is a program
-            own = type(error) is jinja2.TemplateError  # it says so in its own words
+            own = type(error).__name__ == "TemplateError"  # it says so in its own words
             reasons.setdefault(own, f"the chat template refuses it ({cause(error)})")
             continue
         before, answer, behind = text.rpartition(ANSWER)
@@ -2029,12 +1991,10 @@ def winner_and_loser(reward_1, reward_2, label):
 
 
 def tso_figures(pairs, reward_1, reward_2, clip):
-    """Shares of winners and losers that are clipped, and how many verdicts a human overruled."""
+    """Shares of winners and losers that are clipped: they have no gradient."""
     label = torch.tensor([pair.strength for pair in pairs])
     winner, loser = winner_and_loser(reward_1, reward_2, label)
-    judged = averaged_strength(*torch.tensor([pair.verdicts for pair in pairs]).T)
-    return means(winners_clipped=winner > clip, losers_clipped=loser < -clip) | {
-        "overruled_verdicts": sum(agreement(judged - 0.5, label - 0.5) < 0.5).item()}
+    return means(winners_clipped=winner > clip, losers_clipped=loser < -clip)
 
 
 def move_reference(models, step, args):
