@@ -336,8 +336,7 @@ def chosen_logps(logits, ids):
     return logits.float().log_softmax(-1).gather(-1, ids[:, :, None])[:, :, 0]
 
 
-def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids],
-                   micro_batch_size: int = 8) -> Tensor:
+def response_logps(model, prompt_ids: list[Ids], response_ids: list[Ids], micro_batch_size=8) -> Tensor:
     """N prompts and responses -> (N,) fp32 logps in nats: sums over a response's tokens, EOS included.
     Sums and not means: the implicit reward is a ratio of the probabilities of whole responses."""
     share = shares_prompts(model)
@@ -357,8 +356,9 @@ def pair_logps(model, pairs):
 
 
 def reference_logps(models, pairs):
-    """P pairs -> (2, P) logps under the frozen reference, by the same kind of passes as the policy's."""
+    """P pairs -> (2, P) logps under the frozen reference."""
     with inference(models.reference) as reference:
+        # in the policy's mode: it shares prompts where the policy does, so its passes round alike
         return pair_logps(reference.train(models.policy.training), pairs)
 
 
@@ -385,8 +385,7 @@ def spce_loss(reward_1: Tensor, reward_2: Tensor, strength: Tensor) -> Tensor:
 def update(models, pairs, method, step, args):
     """One optimiser step on the mean loss over these P pairs. Notes on each pair what its pass saw."""
     seen = []
-    # slices of the pairs of all processes, of which each takes some; weight makes their gradients' mean
-    # a sum: it is 1 in one process
+    # in one process: slices of the pairs, and a weight of 1
     for part, weight in micro_batches(models.policy, pairs, args.micro_batch_size // 2, args):
         logps = pair_logps(models.policy, part)  # (2, P)
         ref_logps = method.reference(models, part)  # (2, P); h is exactly 0 at first
@@ -445,15 +444,15 @@ def supervised_finetune(models, preferences, args):
     steps, epoch = sft_steps(preferences, args), math.ceil(n / size)  # epoch: the steps of a pass
     make_optimizer(models, args.sft_learning_rate, steps, args)
     by_length = sorted(preferences, key=lambda preference: len(preference[1] + preference[2]))
-    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # then a whole pass is left
+    easy_steps = min(steps * EASY_STEPS, steps - steps % epoch - epoch)  # a whole pass must follow
     for step, log in resumable_steps("sft", steps, models, args):
         allowed = math.ceil(n * EASY_SHARE) if step < easy_steps else n
         batch = [by_length[i] for i in step_indices(allowed, size, step, args.seed)]
         respond, judge = supervised_tasks(models, batch, args)
-        tokens, pairs = sum(len(response) for _, response in respond), args.micro_batch_size // 2
+        tokens = sum(len(response) for _, response in respond)
         losses = {
-            "respond": add_supervised_gradient(models, respond, respond_losses, tokens, 2 * pairs, args),
-            "judge": add_supervised_gradient(models, judge, judge_losses, 2 * len(judge), pairs, args)}
+            "respond": add_supervised_gradient(models, respond, respond_losses, tokens, args),
+            "judge": add_supervised_gradient(models, judge, judge_losses, 2 * len(judge), args)}
         optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
         log({"step": step + 1} | losses)
 
@@ -479,16 +478,16 @@ def judge_losses(models, items):
     """P items -> (P,) losses, each the sum over both orders of -log pi(right verdict), among all tokens.
     Reconstruction: that the loss is on the verdict alone."""
     _, *verdicts = verdict_format(models.tokenizer)
-    questions, numbers = sum(zip(*items), ()), [*range(len(items))] * 2
-    logps = question_logps(models.policy, numbers, questions, verdicts, len(questions))
+    questions, of_pair = sum(zip(*items), ()), [*range(len(items))] * 2
+    logps = question_logps(models.policy, of_pair, questions, verdicts, len(questions))
     logps = torch.stack(logps)  # (2 P, 2), of "A" and of "B"
     return -logps[: len(items), 0] - logps[len(items):, 1]
 
 
-def add_supervised_gradient(models, items, losses_of, tokens, size, args):
+def add_supervised_gradient(models, items, losses_of, tokens, args):
     """Adds the gradient of a task's mean loss over all its target tokens; returns that loss."""
     items, seen = sorted(items, key=lambda item: len(item[0])), []
-    for part, weight in micro_batches(models.policy, items, size, args):
+    for part, weight in micro_batches(models.policy, items, args.micro_batch_size // 2, args):
         losses = losses_of(models, part)
         (weight * losses.sum() / tokens).backward()
         seen.append(losses.tolist())
@@ -498,8 +497,8 @@ def add_supervised_gradient(models, items, losses_of, tokens, size, args):
 # 11. The whole run, and the table of stages -------------------------------------------------------
 def train(models, data, method, args):
     """Online training: each step samples from the policy that the last one left. `data` (section 18) has
-    the examples to train on and those held out. Every --save_steps a checkpoint keeps step, weights,
-    optimizer and schedule; all else is a function of seed and step. Returns the summary."""
+    the examples to train on and those held out. Every --save_steps, in SFT too, a checkpoint keeps step,
+    weights, optimizer, schedule, and a reference that moves; not at the end. Returns the summary."""
     steps = method_steps(data.examples, args)
     make_optimizer(models, args.learning_rate, steps, args)
     sft_answers = answers(models.start, models, data.held_out, args, k=0)
@@ -539,7 +538,7 @@ def osp(args):
     return Method(score=equal_scores if args.num_generations == 2 else ranking_scores)
 
 
-METHODS = {"osp": osp}  # name -> what makes it from the arguments; sections 20, 21 and users add theirs
+METHODS = {"osp": osp}  # name -> what makes it from the arguments; a file that imports osp adds its own
 
 
 def run_method(args):
@@ -675,9 +674,8 @@ def forecast(model, data, args):
     """What a run is going to take, in a line."""
     size, steps = model.num_parameters(), method_steps(data.examples, args)
     memory = size * (18 if args.bf16 else 20) / 1e9  # 4 + 4 + 8 + 2 or 4 bytes a weight
-    return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB for weights, gradients, AdamW, frozen copy, "
-            f"and more for activations; {sft_steps(data.preferences, args)} steps of SFT, then {steps} "
-            f"of {args.prompts_per_step} prompts with {args.num_generations} responses each")
+    return (f"{size / 1e6:.1f}M parameters: {memory:.1f} GB of memory, and more for activations; "
+            f"{sft_steps(data.preferences, args)} steps of SFT, then {steps} of the method")
 
 
 def say(text, file=None):
@@ -734,10 +732,9 @@ def described(models, responses, golds=()):
     `distinct_4grams` the share of different ones among all runs of four tokens."""
     stops, ids = stop_token_ids(models.policy, models.tokenizer), [one.ids for one in responses]
     grams = [tuple(one[i : i + 4]) for one in ids for i in range(len(one) - 3)]
-    return means(
-        gold_reward=golds, response_tokens=[*map(len, ids)],
-        cut_fraction=[one[-1] not in stops for one in ids],
-        distinct_4grams=[len(set(grams)) / max(1, len(grams))])
+    return means(gold_reward=golds, response_tokens=[*map(len, ids)],
+                 cut_fraction=[one[-1] not in stops for one in ids],
+                 distinct_4grams=[len(set(grams)) / max(1, len(grams))])
 
 
 def answers(model, models, rows, args, k):
@@ -976,9 +973,8 @@ def save_sft(models, args):
 def whole_state(function, *models):
     """Calls a function of torch's distributed checkpoints for whole tensors, on process 0's CPU."""
     from torch.distributed.checkpoint import state_dict  # here, since it takes a second to load
-    options = state_dict.StateDictOptions(
-        full_state_dict=True, cpu_offload=True,
-        strict="optimizer" not in function)  # whose weights without a gradient have no state
+    strict = "optimizer" not in function  # whose weights without a gradient have no state
+    options = state_dict.StateDictOptions(full_state_dict=True, cpu_offload=True, strict=strict)
     return getattr(state_dict, function)(*models, options=options)
 
 
@@ -1098,9 +1094,8 @@ def joined(seen):
 def placed(model, args):
     """A model on its device; several processes divide its weights, gradients and optimiser state."""
     if args.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            refuse("The model has no gradient checkpointing: leave out --gradient_checkpointing")
-        model.activation_checkpointing_enable()
+        with trying("use gradient checkpointing", "leave out --gradient_checkpointing"):
+            model.activation_checkpointing_enable()
     if WORLD == 1:
         return model.to("cuda" if torch.cuda.is_available() else "cpu")
     from torch.distributed.fsdp import fully_shard  # here, since they take seconds to load
@@ -1155,8 +1150,7 @@ def check_files(name, trust):
         refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     if hasattr(config, "quantization_config"):
-        refuse(f"{name!r} is quantized (quantization_config in its config.json), and all weights are "
-               "trained here: take the model that it was made from")
+        refuse(f"{name!r} is quantized (see its config.json): take the model that it was made from")
 
 
 def check_tokenizer(model, tokenizer, args):
@@ -1221,9 +1215,8 @@ def check_passes(model, training, ways=(True, False)):
             if ways[0] > model.shares_prompts:  # it was tried
                 say(f"{model.name_or_path!r} cannot share a prompt: it takes plain passes (slower)")
             return
-    refuse(f"{model.name_or_path!r} cannot be used: passes with padding, position_ids and a cache of "
-           "keys and values, which a model with recurrent states does not have, must give the "
-           f"log-probabilities of plain passes over single sequences, but are off by: {gap}")
+    refuse(f"{model.name_or_path!r} cannot be used: in passes with padding, position_ids and a cache, "
+           f"which recurrent models lack, its log-probabilities are off by: {gap}")
 
 
 @torch.no_grad()
@@ -1415,8 +1408,8 @@ def respond(model, tokenizer, rows, ks, step, args, source="policy"):
     """Responses of `model` to each row, one for each number in `ks`, which picks its noise."""
     stops, found = stop_token_ids(model, tokenizer), [[] for _ in rows]
     prompts = encode_prompts(tokenizer, [row.prompt for row in rows])  # its tokenizer may be another
-    asked = sorted(itertools.product(range(len(rows)), ks),
-                   key=lambda one: len(prompts[one[0]]))  # long ones by themselves
+    # long ones by themselves
+    asked = sorted(itertools.product(range(len(rows)), ks), key=lambda one: len(prompts[one[0]]))
     size = max(1, min(args.micro_batch_size, SAMPLING_BATCH_SIZE // len(ks)))  # prompts side by side
     with inference(model, args.bf16) as model:
         for part in progress(chunks(asked, size * len(ks)), "sampling"):
@@ -1575,8 +1568,7 @@ def verdict_format(tokenizer):
         head, with_a, with_b = encode(tokenizer, [text, text + gap + "A", text + gap + "B"])
         if with_a[:-1] == with_b[:-1] == head and with_a[-1] != with_b[-1]:
             return end, with_a[-1], with_b[-1]
-    raise RunError("This tokenizer never makes one token each of the verdicts A and B after the judge's "
-                   "question: change the end of JUDGE_FRAME in osp.py.")
+    refuse("The tokenizer does not make one token each of A and B: change the end of JUDGE_FRAME")
 
 
 def encode_questions(tokenizer, prompts, shown_as_a, shown_as_b, limit=sys.maxsize):

@@ -1283,13 +1283,6 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
     assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
 
 
-def test_figures_of_tso_by_hand():
-    pairs = [pair_of("", "", label) for label in (1.0, 0.0, 1.0, 0.0, 1.0, 1.0)]
-    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1, 0.0], [-0.1, 0.3, 0.3, 0.1, -0.3, 0.0]])
-    assert osp.tso_figures(pairs, *rewards, clip=0.2) == approx({
-        "winners_clipped": 2 / 6, "losers_clipped": 1 / 6})
-
-
 # Data collection ----------------------------------------------------------------------------------
 COLLECT = """--method collect --num_labels 3 --min_strength 0.5001 --max_strength 1 --max_similarity 1
     --keep_prompts 1"""
@@ -1869,14 +1862,14 @@ def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
     models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
     respond, judge = osp.supervised_tasks(models, GIVEN["pairs"], args)
-    _, *verdicts = osp.verdict_format(models.tokenizer)
     questions = [*zip(*judge)]  # with the chosen responses as A, and with them as B
-    tasks = {"respond": (respond, osp.respond_losses, *zip(*respond)),
-             "judge": (judge, osp.judge_losses, sum(questions, ()), np.repeat(verdicts, len(judge)))}
-    for task, (items, losses_of, prompts, targets) in tasks.items():
-        tokens = np.concatenate(targets, None).size
-        found |= {f"{task}.prompt_ids": prompts, f"{task}.target_ids": targets}
-        found[f"{task}.loss"] = osp.add_supervised_gradient(models, items, losses_of, tokens, 2, args)
+    verdicts = np.repeat(osp.verdict_format(models.tokenizer)[1:], len(judge))[:, None].tolist()
+    for task, items, losses_of, prompts, targets in [
+            ("respond", respond, osp.respond_losses, *zip(*respond)),
+            ("judge", judge, osp.judge_losses, sum(questions, ()), verdicts)]:
+        tokens = sum(map(len, targets))
+        loss = osp.add_supervised_gradient(models, items, losses_of, tokens, args)
+        found |= {f"{task}.prompt_ids": prompts, f"{task}.target_ids": targets, f"{task}.loss": loss}
     return {"pairs": GIVEN["pairs"]} | found | parameters_of(models.policy, "grad", "gradient")
 
 
