@@ -764,8 +764,9 @@ def evaluate(models, rows, before, method, args):
     figures = described(models, after, golds[0]) | verdict_figures(texts, *verdicts)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
     figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
-    error = float(np.std(wins) / math.sqrt(len(wins)))
-    return figures | {"win_rate_vs_sft_se": error, "examples": texts[:3]}
+    if len(wins) > 1:
+        figures["win_rate_vs_sft_se"] = float(np.std(wins) / math.sqrt(len(wins)))
+    return figures | {"examples": texts[:3]}
 
 
 def golds_of(texts, gold):
@@ -858,8 +859,8 @@ def report_table(summary, method):
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
     table += "{held_out_prompts} held-out prompts; wins self-judged: {self_judged}\n".format(**summary)
-    at = Counter({"judge_accuracy": 1} | summary)  # what else is missing is 0
-    chance = 0.5 + 1 / math.sqrt(at["judge_pairs"] or 1)  # two standard errors above 1/2
+    at = Counter({"judge_accuracy": 1, "judge_pairs": 4} | summary)  # what else is missing is 0
+    chance = 0.5 + 1 / math.sqrt(at["judge_pairs"])  # two standard errors above 1/2
     longer = at["response_tokens"] > 1.2 * at["response_tokens_sft"] and at["longer_preferred"] > 2 / 3
     warnings = {
         "the judge is no better than chance: take more SFT, or pairs": at["judge_accuracy"] < chance,
