@@ -356,10 +356,9 @@ def pair_logps(model, pairs):
 
 
 def reference_logps(models, pairs):
-    """P pairs -> (2, P) logps under the frozen reference."""
+    """P pairs -> (2, P) logps under the frozen reference, by passes that round as the policy's do."""
     with inference(models.reference) as reference:
-        # in the policy's mode: it shares prompts where the policy does, so its passes round alike
-        return pair_logps(reference.train(models.policy.training), pairs)
+        return pair_logps(reference.train(models.policy.training), pairs)  # shares prompts alike
 
 
 # 8. The reward, and the SPCE loss -----------------------------------------------------------------
@@ -831,8 +830,7 @@ def report(summary, models, data, method, args):
         before = answers(models.start, models, data.ood, args, k=0)
         figures = evaluate(models, data.ood, before, method, args)
         summary |= {"ood_" + name: value for name, value in figures.items()}
-    summary |= {"held_out_prompts": len(data.held_out), "prompts": len(data.examples),
-                "steps": method_steps(data.examples, args), "seed": args.seed,
+    summary |= {"held_out_prompts": len(data.held_out), "seed": args.seed,
                 "self_judged": not (method.gold or args.eval_judge_name_or_path)}
     return summary
 
@@ -1677,7 +1675,7 @@ def usable_rows(raws, unfit, name, wanted=sys.maxsize, wanted_prompts=0):
         said += f"; {n} dropped: {reason}"
     say(said)
     if not kept:
-        refuse(f"No row is left ({said}). Rename a column of prompts that has another name to prompt")
+        refuse(f"No row is left ({said}). Rename a column of prompts to prompt, if it is not")
     return kept
 
 
