@@ -570,6 +570,11 @@ def run_method(args):
 
 # Part II: what makes it practical. A reader of the method may stop here. ==========================
 # 12. The command line -----------------------------------------------------------------------------
+def json_object(text):
+    """A JSON object, as of an option; argparse refuses what raises here."""
+    return dict(json.loads(text))
+
+
 @dataclass
 class Arguments(MethodArguments):
     """The whole command line: what else data, folders, evaluation, speed and the variants need."""
@@ -579,7 +584,7 @@ class Arguments(MethodArguments):
     dataset_data_dir: str | None = None  # folder within the data set, such as harmless-base of HH
     dataset_train_split: str = "train"  # split to train on
     dataset_test_split: str | None = None  # split to measure on; none: test, else part of train
-    chat_template_kwargs: json.loads = field(default_factory=dict)  # JSON for the template
+    chat_template_kwargs: json_object = field(default_factory=dict)  # JSON for the template
     trust_remote_code: bool = False  # run Python code that comes with the model
     output_dir: str | None = None  # folder of the run; none: runs/<model>-<method>-seed<seed>
     # -- speed and memory --
@@ -1159,9 +1164,9 @@ def check_tokenizer(model, tokenizer, args):
         refuse(f"The tokenizer of {name!r} has no EOS token, so no response ends: set its eos_token")
     with suppress(AttributeError):  # few have it: merges that are left out at random
         tokenizer.backend_tokenizer.model.dropout = None
+    tokenizer.apply_chat_template = functools.partial(
+        tokenizer.apply_chat_template, **args.chat_template_kwargs)
     with trying(f"frame a question for {name!r}", "give its folder another chat template, or tokenizer"):
-        tokenizer.apply_chat_template = functools.partial(
-            tokenizer.apply_chat_template, **args.chat_template_kwargs)
         if len(set(tokenizer(JUDGE_FRAME).input_ids)) < 3:
             refuse(f"{name!r} has no tokenizer that reads text: files are missing beside the model's")
         ids = encode_questions(tokenizer, ["x"], ["y"], ["z"])[0]
