@@ -447,25 +447,25 @@ def supervised_finetune(models, preferences, args):
     for step, log in resumable_steps("sft", steps, models, args):
         allowed = math.ceil(n * EASY_SHARE) if step < easy_steps else n
         batch = [by_length[i] for i in step_indices(allowed, size, step, args.seed)]
-        respond, judge = supervised_tasks(models, batch, args)
-        tokens = sum(len(response) for _, response in respond)
-        losses = {
-            "respond": add_supervised_gradient(models, respond, respond_losses, tokens, args),
-            "judge": add_supervised_gradient(models, judge, judge_losses, 2 * len(judge), args)}
+        losses = {}
+        for task, (items, losses_of, tokens) in supervised_tasks(models, batch, args).items():
+            losses[task] = add_supervised_gradient(models, items, losses_of, tokens, args)
         optimizer_step(models, sum(losses.values()), f"SFT step {step + 1}", args)
         log({"step": step + 1} | losses)
 
 
 def supervised_tasks(models, batch, args):
-    """(prompt, chosen, rejected)s -> the items of both tasks, as ids: for responding, (prompt, chosen
-    response)s of a third, which is learned long before judging; for judging, each pair's question with
-    the chosen response as A, and with it as B. Reconstruction: the third, and both orders."""
+    """(prompt, chosen, rejected)s -> both tasks' items as ids, their loss, their count of target tokens.
+    Items to respond are (prompt, chosen response)s of a third, which is soon learned; items to judge a
+    pair's question with the chosen response as A, and as B. Reconstruction: the third, both orders."""
     tokenizer, (prompts, chosen, rejected) = models.tokenizer, columns(batch)
     some, limit = prompts[: math.ceil(len(batch) / 3)], context_length(models.policy)
     responses = encode_responses(tokenizer, some, chosen[: len(some)], args.max_new_tokens)
     chosen_as_a = encode_questions(tokenizer, prompts, chosen, rejected, limit)
     chosen_as_b = encode_questions(tokenizer, prompts, rejected, chosen, limit)
-    return [*zip(encode_prompts(tokenizer, some), responses)], [*zip(chosen_as_a, chosen_as_b)]
+    respond = list(zip(encode_prompts(tokenizer, some), responses))
+    return {"respond": (respond, respond_losses, sum(map(len, responses))),
+            "judge": (list(zip(chosen_as_a, chosen_as_b)), judge_losses, 2 * len(batch))}
 
 
 def respond_losses(models, items):
@@ -484,7 +484,7 @@ def judge_losses(models, items):
 
 
 def add_supervised_gradient(models, items, losses_of, tokens, args):
-    """Adds the gradient of a task's mean loss over all its target tokens; returns that loss."""
+    """Adds the gradient of a task's mean loss over its target tokens; returns that loss."""
     items, seen = sorted(items, key=lambda item: len(item[0])), []
     for part, weight in micro_batches(models.policy, items, args.micro_batch_size // 2, args):
         losses = losses_of(models, part)

@@ -29,7 +29,8 @@ from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from unittest import mock
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before the libraries read it
+# before the libraries read them; a fork may start no threads
+os.environ["HF_HUB_OFFLINE"] = os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = "1"
 import datasets
 import numpy as np
 import pandas as pd
@@ -176,7 +177,7 @@ def quick_runs():
     train, *held_out = osp.builtin_preferences().values()
     test, ood = [rows.select(range(64)) for rows in held_out]
     task = {"train": train, "test": test, "ood": ood}
-    with mock.patch.object(osp, "builtin_preferences", lambda: task):
+    with mock.patch.object(osp, "builtin_preferences", return_value=task):
         yield
 
 
@@ -298,10 +299,8 @@ def test_every_epoch_shows_every_row_once_in_an_order_of_its_own():
 def test_sft_shows_every_pair_where_it_has_an_epoch(tmp_path, monkeypatch, steps):
     """20 pairs, 4 a step; 50 steps begin with 15 on the five shortest pairs."""
     pairs, seen = [("q", "a" * n, "b") for n in range(20)], []
+    monkeypatch.setattr(osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or {})
     monkeypatch.setattr(osp, "optimizer_step", mock.Mock())
-    monkeypatch.setattr(osp, "add_supervised_gradient", lambda *_: 0.0)
-    monkeypatch.setattr(
-        osp, "supervised_tasks", lambda models, batch, args: seen.append(batch) or ([], []))
     args = arguments(f"--output_dir {tmp_path} --sft_batch_size 4 --sft_max_steps {steps}")
     model, tokenizer = osp.builtin_model(0)
     osp.supervised_finetune(Models(tokenizer, model), pairs, args)
@@ -407,7 +406,7 @@ def test_a_question_longer_than_the_context_loses_text_and_not_its_frame():
         assert ("> rain\n" in text) == ("rain" in (a, b))  # the short response is whole
     models = Models(BYTES, absolute(max_position_embeddings=130))
     batch = [("hi", "x" * n, "y") for n in range(99)]
-    _, items = osp.supervised_tasks(models, batch, arguments())
+    items, *_ = osp.supervised_tasks(models, batch, arguments())["judge"]
     assert max(map(len, sum(items, ()))) == 130
 
 
@@ -954,11 +953,10 @@ def test_every_run_leaves_its_figures_and_a_table(finished):
     ("judge_accuracy", 0.54), ("judge_overconfidence", 0.16), ("order_agreement", 0.6),
     ("strength_spread", 0.01), ("response_tokens", 20), ("distinct_4grams", 0.3), ("cut_fraction", 0.6)])
 def test_figures_that_mean_nothing_are_warned_of(name, value):
-    good = {"held_out_prompts": 9, "self_judged": True, "cut_fraction": 0.1, "judge_pairs": 400,
-            "judge_accuracy": 0.56, "order_agreement": 0.8, "longer_preferred": 0.8,
-            "strength_spread": 0.1, "response_tokens": 10, "response_tokens_sft": 10,
-            "distinct_4grams": 0.6, "distinct_4grams_sft": 0.8}
-    unpaired = {key: figure for key, figure in good.items() if "judge_" not in key}
+    unpaired = {"held_out_prompts": 9, "self_judged": True, "cut_fraction": 0.1, "strength_spread": 0.1,
+                "order_agreement": 0.8, "longer_preferred": 0.8, "response_tokens": 10,
+                "response_tokens_sft": 10, "distinct_4grams": 0.6, "distinct_4grams_sft": 0.8}
+    good = unpaired | {"judge_pairs": 400, "judge_accuracy": 0.56}
     tables = [osp.report_table(run, "OSP") for run in (good, unpaired, good | {name: value})]
     assert [table.count("Warning") for table in tables] == [0, 0, 1]
 
@@ -1012,8 +1010,7 @@ def test_a_checkpoint_is_not_written_after_the_last_step(tmp_path, monkeypatch, 
 def apart(work, *args):
     """Does work in a process of its own. Returns its exit code, or less the signal that ended it."""
     process = multiprocessing.get_context("fork").Process(target=work, args=args)
-    with mock.patch.dict(os.environ, HF_DEACTIVATE_ASYNC_LOAD="1"):  # a fork may start no threads
-        process.start()
+    process.start()
     process.join()
     return process.exitcode
 
@@ -1282,6 +1279,13 @@ def test_the_matrix_responds_in_equal_shares_and_humans_come_after_it(tmp_path):
     assert found[5].ids[-1] != models.tokenizer.eos_token_id  # it was cut
     [alone] = osp.respond(models.reference, models.tokenizer, rows, [1, 5], 2, args)
     assert [one.ids for one in alone] == [one.ids for one in found[2:4]]
+
+
+def test_figures_of_tso_by_hand():
+    pairs = [pair_of("", "", float(label)) for label in "10101"]
+    rewards = torch.tensor([[0.3, 0.1, 0.1, 0.5, 0.1], [-0.1, 0.3, 0.3, 0.1, -0.3]])
+    assert osp.tso_figures(pairs, *rewards, 0.2) == approx({
+        "winners_clipped": 2 / 5, "losers_clipped": 1 / 5})
 
 
 # Data collection ----------------------------------------------------------------------------------
@@ -1862,13 +1866,12 @@ def model_vectors(kind):
 def sft_vectors():
     """Both tasks of SFT, their losses, and the gradient of the sum of the losses."""
     models, args, found = vector_models("rotary"), Arguments(**GIVEN["arguments"]), {}
-    respond, judge = osp.supervised_tasks(models, GIVEN["pairs"], args)
-    questions = [*zip(*judge)]  # with the chosen responses as A, and with them as B
-    verdicts = np.repeat(osp.verdict_format(models.tokenizer)[1:], len(judge))[:, None].tolist()
-    for task, items, losses_of, prompts, targets in [
-            ("respond", respond, osp.respond_losses, *zip(*respond)),
-            ("judge", judge, osp.judge_losses, sum(questions, ()), verdicts)]:
-        loss = osp.add_supervised_gradient(models, items, losses_of, sum(map(len, targets)), args)
+    verdicts = np.repeat(osp.verdict_format(models.tokenizer)[1:], len(GIVEN["pairs"]))[:, None]
+    for task, (items, *rest) in osp.supervised_tasks(models, GIVEN["pairs"], args).items():
+        prompts, targets = zip(*items)
+        if task == "judge":  # the questions with the chosen responses as A, and with them as B
+            prompts, targets = prompts + targets, verdicts
+        loss = osp.add_supervised_gradient(models, items, *rest, args)
         found |= {f"{task}.prompt_ids": prompts, f"{task}.target_ids": targets, f"{task}.loss": loss}
     return {"pairs": GIVEN["pairs"]} | found | parameters_of(models.policy, "grad", "gradient")
 
@@ -2543,8 +2546,8 @@ def judged_pairs(run, model):
         rows = osp.distinct_prompts(tokenizer, texts, 256)
         found = osp.respond(model, tokenizer, rows, [2, 3], osp.EVALUATION, args)
         texts = [(row.prompt, one.text, two.text) for row, (one, two) in zip(rows, found)]
-    judging = osp.language_model_judge, Models(tokenizer, judge=judge)
-    strength = osp.averaged_strength(*osp.both_orders(*judging, *osp.columns(texts), args))
+    strength = osp.averaged_strength(*osp.verdicts_of_all(
+        osp.language_model_judge, Models(tokenizer, judge=judge), texts, args))
     return torch.stack([strength, torch.tensor([osp.true_strength(*text) for text in texts])])
 
 
