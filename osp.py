@@ -59,12 +59,10 @@ import datasets
 import numpy as np
 import tokenizers
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import transformers
-from torch import Tensor, nn
+from torch import Tensor, distributed as dist, nn
 from tqdm.auto import tqdm
-from transformers.utils import find_adapter_config_file
 
 Prompt = str | list[dict]  # a text, or chat messages [{"role": ..., "content": ...}, ...]
 Ids = list[int]  # the token ids of one prompt or of one response
@@ -118,18 +116,18 @@ def load_model(name, args, dtype=torch.float32):
     if name is None:
         model, tokenizer = builtin_model(args.seed)
     else:
-        trust = args.trust_remote_code
         advice = FROM_HUB + "folder with safetensors; a tokenizer.model needs the package sentencepiece"
         with trying(f"read {name!r} as a causal language model", advice):
-            check_files(name, trust)
+            check_files(name, args.trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=trust, mistral_format=False)  # which has no chat template
+                name, trust_remote_code=args.trust_remote_code,
+                mistral_format=False)  # which has no chat template
             model, keys = transformers.AutoModelForCausalLM.from_pretrained(
-                name, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust,
-                output_loading_info=True)
+                name, dtype=torch.float32, use_safetensors=True,
+                trust_remote_code=args.trust_remote_code, output_loading_info=True)
         check_tokenizer(model, tokenizer, args)
         check_weights(model, keys)
-        check_passes(model, args.gradient_checkpointing)
+    check_passes(model, args.gradient_checkpointing)
     if args.bf16:
         in_bf16(model, dtype)
         check_passes(model, args.gradient_checkpointing, [shares_prompts(model)])
@@ -174,7 +172,6 @@ class Pair:
     better: Candidate
     worse: Candidate
     strength: float | None = None  # p(better > worse); below 1/2 it contradicts the ranking
-    verdicts: tuple | None = None  # the judge's Pr(A) with the better one as A, with the worse as A
     measured: list | None = None  # by the update, before its step: loss, both rewards, log-ratio
 
 
@@ -309,12 +306,9 @@ def averaged_strength(p_12: Tensor, p_21: Tensor) -> Tensor:
 
 
 def judge_pairs(models, pairs, args, judge):
-    """OSP's strengths: what the judge says of each pair. Notes its two verdicts on the pair."""
+    """OSP's strengths: what the judge says of each pair, asked in both orders."""
     texts = [(pair.example.prompt, pair.better.text, pair.worse.text) for pair in pairs]
-    p_12, p_21 = both_orders(judge, models, *columns(texts), args)
-    for pair, verdicts in zip(pairs, zip(p_12.tolist(), p_21.tolist())):
-        pair.verdicts = verdicts
-    return averaged_strength(p_12, p_21).tolist()
+    return averaged_strength(*both_orders(judge, models, *columns(texts), args)).tolist()
 
 
 # 7. Log-probabilities of responses ----------------------------------------------------------------
@@ -405,11 +399,7 @@ def make_optimizer(models, learning_rate, steps, args):
     """AdamW over all parameters without weight decay, and a schedule of transformers by its name. The
     weights are fp32 even with --bf16: bf16 weights would round small updates away. A schedule of one
     step more is taken from its second rate on, since the first rate of a warm-up is 0."""
-    warmup = in_steps(args.warmup_steps, steps)
-    if args.warmup_steps < 1:
-        warmup = min(warmup, steps - 1)  # a single step has none
-    elif warmup >= steps:
-        say(f"Warning: the warm-up of {warmup} steps is longer than the {steps} that there are")
+    warmup = min(in_steps(args.warmup_steps, steps), steps - 1)  # one step at least has the peak
     models.optimizer = torch.optim.AdamW(
         models.policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     models.scheduler = transformers.get_scheduler(
@@ -421,8 +411,7 @@ def make_optimizer(models, learning_rate, steps, args):
 def optimizer_step(models, loss, where, args):
     """Clips the gradients that are there, steps, forgets them; returns their norm before clipping.
     Raises RunError, and makes no step, where that norm or `loss` is no number."""
-    weights = models.policy.parameters()
-    grad_norm = nn.utils.clip_grad_norm_(weights, args.max_grad_norm).item()
+    grad_norm = nn.utils.clip_grad_norm_(models.policy.parameters(), args.max_grad_norm).item()
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         raise RunError(f"{where}: the loss is {loss}, the gradient norm {grad_norm}, so no step was "
                        "made: start again with a lower learning rate.", 1)
@@ -478,8 +467,8 @@ def judge_losses(models, items):
     Reconstruction: that the loss is on the verdict alone."""
     _, *verdicts = verdict_format(models.tokenizer)
     questions, of_pair = sum(zip(*items), ()), [*range(len(items))] * 2
-    logps = question_logps(models.policy, of_pair, questions, verdicts, len(questions))
-    logps = torch.stack(logps)  # (2 P, 2), of "A" and of "B"
+    # (2 P, 2), of "A" and of "B"
+    logps = torch.stack(question_logps(models.policy, of_pair, questions, verdicts, len(questions)))
     return -logps[: len(items), 0] - logps[len(items):, 1]
 
 
@@ -542,7 +531,8 @@ METHODS = {"osp": osp}  # name -> what makes it from the arguments; a file that 
 
 def run_method(args):
     """The whole run; returns its summary. Raises RunError."""
-    path = newest_start(args)
+    sft = args.output_dir / "sft"
+    path = str(sft) if sft.exists() else args.model_name_or_path  # pi_SFT, if this run has made it
     policy, tokenizer = load_model(path, args)
     named = [*args.matrix_model_names_or_paths, args.eval_judge_name_or_path]
     others = {name: frozen(name, args) for name in named if name}
@@ -611,10 +601,9 @@ class Arguments(MethodArguments):
     pairs_per_prompt: int = 2  # most pairs of one prompt, the least alike first
 
 
-BUILTIN = {
-    "max_new_tokens": 16, "micro_batch_size": 96, "sft_learning_rate": 3e-3, "sft_batch_size": 48,
-    "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13,
-    "reference_steps": 39}
+BUILTIN = {"max_new_tokens": 16, "micro_batch_size": 96, "sft_learning_rate": 3e-3, "sft_batch_size": 48,
+           "sft_max_steps": 800, "learning_rate": 1e-3, "num_train_epochs": 9, "eval_steps": 13,
+           "reference_steps": 39}
 LEAST = {"max_steps": -1, "seed": 0, "warmup_steps": 0, "sft_max_steps": -1, "num_generations": 2}
 
 
@@ -723,7 +712,7 @@ def trying(what, advice, code=2):
 EVALUATION = 2**31  # the "step" under which evaluation draws its noise; no training step reaches it
 REPORT = """gold_reward win_rate_vs_sft win_rate_vs_sft_se ood_win_rate_vs_sft kl response_tokens
     cut_fraction distinct_4grams judge_accuracy judge_overconfidence order_agreement strength_spread
-    longer_preferred""".split()
+    longer_preferred"""
 
 
 def means(**columns):
@@ -850,14 +839,13 @@ def show(summary, args):
         return
     for prompt, after, before in summary["examples"]:
         say(f"\n{transcript(prompt)}\n  SFT: {before}\n  policy: {after}")
-    say(f"\n{report_table(summary, args.method.upper())}The model is in {args.output_dir}, with "
-        "metrics.jsonl and summary.json.\n")
+    say(f"\n{report_table(summary, args.method.upper())}Model and figures are in {args.output_dir}.\n")
 
 
 def report_table(summary, method):
     """SFT against the policy, and a warning for each figure by which something is wrong with the run."""
     table = f"{'':32}{'SFT':>9} {method:>8}\n"
-    for name in REPORT:
+    for name in REPORT.split():
         if name in summary:
             of_sft = f"{summary[name + '_sft']:.3f}" if name + "_sft" in summary else ""
             table += f"{name:32}{of_sft:>9}{summary[name]:9.3f}\n"
@@ -871,8 +859,7 @@ def report_table(summary, method):
         "the judge goes by position: take more SFT, or a better judge": at["order_agreement"] < 2 / 3,
         "the strengths are all near 1/2: take a better judge": at["strength_spread"] < 0.02,
         "the judge prefers longer responses: take a better judge": at["self_judged"] and longer,
-        "responses have become alike: raise --beta, or take fewer steps":
-            at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
+        "responses became alike: raise --beta": at["distinct_4grams"] < 0.5 * at["distinct_4grams_sft"],
         "over half of the responses were cut off: raise --max_new_tokens": at["cut_fraction"] > 0.5}
     return table + "".join(f"Warning: {warning}\n" for warning, holds in warnings.items() if holds)
 
@@ -894,12 +881,6 @@ def check_folder(args):
                    "give another --output_dir, or remove the folder")
     elif any(folder.glob("[!.]*")):  # hidden ones are a run's that began, or the system's
         refuse(f"{folder} holds other files and no run: give another --output_dir")
-
-
-def newest_start(args):
-    """What the models are loaded from: pi_SFT if this run has made it, else --model_name_or_path."""
-    sft = args.output_dir / "sft"
-    return str(sft) if sft.exists() else args.model_name_or_path
 
 
 def output_folder(args):
@@ -1150,7 +1131,7 @@ SAMPLING_BATCH_SIZE = 128  # responses side by side: without activations more fi
 
 def check_files(name, trust):
     """Raises RunError where the files hold something else than the weights of a model to train."""
-    if find_adapter_config_file(name):
+    if transformers.utils.find_adapter_config_file(name):
         refuse(f"{name!r} holds an adapter (adapter_config.json): merge it into its model, give that")
     config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
     if hasattr(config, "quantization_config"):
@@ -1174,8 +1155,7 @@ def check_tokenizer(model, tokenizer, args):
     vocabulary = tokenizer.get_vocab()  # no text becomes a control token
     ids += [i for token, i in vocabulary.items() if not control_tokens(tokenizer).fullmatch(token)]
     if max(ids) >= embedded:
-        refuse(f"The tokenizer of {name!r} makes the token {max(ids)}, but the model embeds only "
-               f"{embedded}: take the tokenizer that belongs to it")
+        refuse(f"{name!r} embeds {embedded} ids, its tokenizer makes {max(ids)}: take the model's own")
     model.words = min(embedded, max(vocabulary.values()) + 1)
 
 
@@ -1198,11 +1178,10 @@ def check_weights(model, keys):
 
 
 def shares_prompts(model):
-    """Whether keys and values of a prompt may be shared: as check_passes found out, and not where
-    activations are computed again in the backward pass."""
-    if not hasattr(model, "shares_prompts"):  # not loaded by this program
-        check_passes(model, False)
-    return model.shares_prompts and not (model.training and model.is_activation_checkpointing)
+    """Whether keys and values of a prompt may be shared: where check_passes found that it is right, and
+    not where activations are computed again in the backward pass."""
+    recomputes = model.training and model.is_activation_checkpointing
+    return getattr(model, "shares_prompts", False) and not recomputes
 
 
 def check_passes(model, training, ways=(True, False)):
@@ -1232,8 +1211,6 @@ def passes_differ(model, training):
     prompts, responses = [ids[:9], ids[9:13], ids[:9]], [ids[13:19], ids[19:25], ids[25:31]]
     wholes = [prompt + response for prompt, response in zip(prompts, responses)]
     tokens, verdicts = torch.tensor(responses, device=model.device), ids[-2:]
-    mode = model.training
-    model.eval()
     plain = [model(input_ids=torch.tensor([ids], device=model.device)).logits[0, -7:] for ids in wholes]
     plain = torch.stack(plain).float()  # (3, 7, V)
     right = chosen_logps(plain[:, :-1], tokens)
@@ -1244,9 +1221,8 @@ def passes_differ(model, training):
         sampled.append(forward(model, token[:, None], mask, 1, cache)[:, -1])
     odds = torch.stack(question_logps(model, "xyx", wholes, verdicts, 3)).diff()
     gaps = [token_logps(model, prompts, responses, shares_prompts(model)) - right,
-            chosen_logps(torch.stack(sampled, 1), tokens) - right,
-            odds - plain[:, -1, verdicts].diff()]
-    model.train(mode)
+            chosen_logps(torch.stack(sampled, 1), tokens) - right, odds - plain[:, -1, verdicts].diff()]
+    model.eval()
     gap = torch.cat(gaps, 1).abs().max().item()
     rounding = 2**-5 if getattr(model, "bf16", False) else 1e-4
     return 0.0 if gap < rounding * (10 + plain.abs().median().item()) else gap
@@ -1343,34 +1319,12 @@ def prefill(model, prompt_ids):
         distinct = list(dict.fromkeys(prompts))
     ids, mask = left_padded(distinct, model.device)
     cache = transformers.DynamicCache(config=model.config)
-    for layer in cache.layers:
-        if type(layer) is transformers.cache_utils.DynamicLayer:
-            layer.__class__ = RoomyLayer
     logits = forward(model, ids, mask, 1, cache)[:, -1]
     if distinct != prompts:
         rows = torch.tensor([distinct.index(ids) for ids in prompts], device=model.device)
         cache.batch_select_indices(rows)  # from a row a distinct prompt to N rows
         logits, mask = logits[rows], mask[rows]
     return cache, logits, mask
-
-
-class RoomyLayer(transformers.cache_utils.DynamicLayer):
-    """A layer's keys and values; without gradients those of new tokens are written into free room. To
-    join tensors, as the library does, copies all of them for every token."""
-    room = None
-
-    def update(self, keys, values, *args, **kwargs):
-        """Adds those of new tokens; returns all."""
-        if torch.is_grad_enabled() or not self.is_initialized:
-            return super().update(keys, values)
-        begin, end = self.keys.shape[-2], self.keys.shape[-2] + keys.shape[-2]
-        if self.room is None or end > self.room[0].shape[-2]:
-            old = self.keys.to(values.dtype), self.values  # to bf16, as autocast does at every use
-            self.room = [F.pad(states, (0, 0, 0, end - begin + 127)) for states in old]
-        for room, new in zip(self.room, (keys, values)):
-            room[:, :, begin:end] = new
-        self.keys, self.values = [room[:, :, :end] for room in self.room]
-        return self.keys, self.values
 
 
 def shared_logits(model, prompt_ids, ids, mask):
@@ -1527,19 +1481,14 @@ def frame(tokenizer, prompt):
     return head, before[len(head):], behind[: end.end()] if end else tokenizer.eos_token
 
 
-@functools.cache
-def first_ids(tokenizer):
-    """The ids that the tokenizer puts before every text, such as BOS."""
-    return os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
-
-
 def encode(tokenizer, texts):
     """Framed texts -> ids. A chat template writes what stands before a text itself; else it is what the
     tokenizer puts there, such as BOS."""
     rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
     if tokenizer.chat_template:
         return rows
-    return [first_ids(tokenizer) + ids for ids in rows]
+    first = os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
+    return [first + ids for ids in rows]
 
 
 def encode_prompts(tokenizer, prompts):
@@ -1602,7 +1551,7 @@ question system chosen rejected
 question chosen rejected
 question system
 question
-chosen rejected""".splitlines()  # the columns that are read
+chosen rejected"""  # the columns that are read
 
 
 def load_data(readers, args):
@@ -1632,16 +1581,9 @@ def load_data(readers, args):
     said = "SFT" if sft else "no SFT, which needs pairs of chosen and rejected"
     say(f"{len(kept)} rows to train on, {len(held_out)} held out; {said}")
     _, tokenizer = readers[0]
-    if not tokenizer.chat_template and any(isinstance(prompt, list) for prompt, *_ in kept):
-        say("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
-    spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)
-    if spelled:
-        say(f"Warning: {spelled} rows spell special tokens, which are read as text: take them out")
-    return Data(
-        kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
-        distinct_prompts(tokenizer, held_out, few),
-        [row for row in held_out[: args.num_eval_pairs] if len(row) > 1],
-        distinct_prompts(tokenizer, ood, few))
+    pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
+    return Data(kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
+                distinct_prompts(tokenizer, held_out, few), pairs, distinct_prompts(tokenizer, ood, few))
 
 
 def why_unfit(prompt, *responses, readers, new_tokens):
@@ -1701,8 +1643,7 @@ def read_dataset(name, config=None, data_dir=None):
     if name is None:
         return builtin_preferences()
     path, place, files = Path(name), os.path.abspath(name), None
-    advice = FROM_HUB + ("file such as .jsonl, or a folder of them; and, where there are several "
-                         "configurations, --dataset_config")
+    advice = FROM_HUB + "file such as .jsonl, or a folder; where it has configurations, --dataset_config"
     # the loader's own cache would take a file for another one of the same size and time
     with trying(f"read the data set {name!r}", advice), tempfile.TemporaryDirectory() as folder:
         if (path / "dataset_dict.json").is_file() or (path / "state.json").is_file():
@@ -1727,7 +1668,7 @@ def read_dataset(name, config=None, data_dir=None):
 
 def columns_read(names):
     """The columns of the first of FORMATS that a split has. Raises RunError if it has none."""
-    for one in FORMATS:
+    for one in FORMATS.splitlines():
         if set(one.split()) <= set(names):
             return one.split()
     refuse(f"The columns {sorted(names)} fit no known format: rename the one of prompts to prompt, "
@@ -1825,10 +1766,10 @@ describe {topic} to my {person} {time}
 please tell me about {topic} {time} says my {person}
 what is {topic} like {time} asks my {person}
 {time} write to my {person} about {topic}
-say something about {topic} to my {person} {time}""".splitlines()
+say something about {topic} to my {person} {time}"""
 OOD_PHRASINGS = """\
 about {topic} please tell my {person} something {time}
-{time} describe to my {person} what {topic} is like""".splitlines()
+{time} describe to my {person} what {topic} is like"""
 
 
 def gold_reward(prompt, response):
@@ -1851,8 +1792,8 @@ def true_strength(prompt, response_1, response_2):
 def builtin_prompts(split):
     """A split's prompts. Those of "ood" have phrasings and pairs of topic and person of their own."""
     texts, ood = [], split == "ood"
-    for topic, person, when, phrasing in itertools.product(
-            TOPICS, PEOPLE, TIMES, OOD_PHRASINGS if ood else PHRASINGS):
+    phrasings = (OOD_PHRASINGS if ood else PHRASINGS).splitlines()
+    for topic, person, when, phrasing in itertools.product(TOPICS, PEOPLE, TIMES, phrasings):
         if ((TOPICS.index(topic) + PEOPLE.index(person)) % 4 == 0) == ood:
             asked = phrasing.format(topic=topic, person=person, time=when)
             texts.append(f"\n\nHuman: {asked}\n\nAssistant:")
@@ -1922,11 +1863,10 @@ HUMAN = ("chosen by a human", "rejected by a human")  # sources of the data's ow
 
 def tso(args):
     """Self-Training with Scaled Preference Optimization. Its parts are published, the formulas ours."""
-    return Method(
-        sample=model_matrix(["policy", "reference", "start"], args, with_human=True),
-        strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=args.dual_clip),
-        figures=functools.partial(tso_figures, clip=args.dual_clip),
-        after_step=move_reference, moves_reference=True)
+    sample, clip = model_matrix(["policy", "reference", "start"], args, with_human=True), args.dual_clip
+    return Method(sample, strength=corrected_labels, loss=functools.partial(dual_clip_loss, clip=clip),
+                  figures=functools.partial(tso_figures, clip=clip), after_step=move_reference,
+                  moves_reference=True)
 
 
 def model_matrix(roles, args, with_human):
@@ -2034,11 +1974,10 @@ def worth_asking(pairs, args):
     where a human would toss a coin; no landslide, which the judge knows; of a prompt the least alike.
     Returns the pairs to ask about, each in random order, and how many each filter left."""
     counts, turns, rounds = {"pairs": len(pairs)}, Counter(), [[] for _ in pairs]
-    filters = {
-        "usable": lambda pair: isinstance(parse_row(preference(pair, "1")), tuple),
-        "not_alike": lambda pair: alike(pair) <= args.max_similarity,
-        "no_tie": lambda pair: max(pair.strength, 1 - pair.strength) >= args.min_strength,
-        "no_landslide": lambda pair: max(pair.strength, 1 - pair.strength) <= args.max_strength}
+    filters = {"usable": lambda pair: isinstance(parse_row(preference(pair, "1")), tuple),
+               "not_alike": lambda pair: alike(pair) <= args.max_similarity,
+               "no_tie": lambda pair: max(pair.strength, 1 - pair.strength) >= args.min_strength,
+               "no_landslide": lambda pair: max(pair.strength, 1 - pair.strength) <= args.max_strength}
     for name, fits in filters.items():
         pairs = list(filter(fits, pairs))
         counts[name] = len(pairs)
@@ -2111,9 +2050,5 @@ if __name__ == "__main__":
         if WORLD > 1:
             dist.destroy_process_group()
     except RunError as stop:
-        if RANK == 0 or stop.code == 1:  # a mistake of the user's shows in all processes
-            say(f"osp: {stop}", sys.stderr)
-        else:
-            with suppress(KeyboardInterrupt):  # with which torchrun ends it
-                time.sleep(5)  # else torchrun may end the first one before it has spoken
+        say(f"osp: {stop}", sys.stderr)  # each process does: torchrun ends the others after the first
         sys.exit(stop.code)

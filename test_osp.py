@@ -320,14 +320,12 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_no_step_has_rate_0_and_a_warm_up_longer_than_the_run_is_said(capsys):
-    """A share is rounded up, and leaves a single step its rate."""
+def test_no_step_has_rate_0_and_the_last_one_has_the_peak_at_least():
+    """A share is rounded up; no warm-up is longer than all steps but one."""
     rates = [rates_of("constant_with_warmup", steps)[:5] for steps in (0.11, 3)]
     assert rates == [approx([1 / 4, 1 / 2, 3 / 4, 1, 1])] * 2
     assert rates_of("linear", 0.1, steps=1) == [1.0]
-    assert not capsys.readouterr().out
-    assert rates_of("linear", 5, steps=3) == approx([1 / 6, 2 / 6, 3 / 6])
-    assert "warm-up of 5 steps is longer than the 3" in capsys.readouterr().out
+    assert rates_of("linear", 5, steps=3) == approx([1 / 3, 2 / 3, 1])
 
 
 def test_a_planted_preference_improves():
@@ -654,7 +652,7 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
     for words in ("not read: ['question', 'chosen']", "1 dropped: the chat template refuses it",
-                  "1 dropped: too long", "no SFT", "1 rows spell special tokens", "no chat template"):
+                  "1 dropped: too long", "no SFT"):
         assert words in shown
 
 
@@ -730,7 +728,7 @@ def grown(part, *names):
 
 
 @mark.parametrize("make, expected", [
-    (lambda: rotary(99), "embeds only"),
+    (lambda: rotary(99), "embeds 99 ids"),
     (lambda: configured(num_hidden_layers=3), "lacks weights, such as model.layers.2"),
     (lambda: configured(quantization_config={"quant_method": "new"}), "is quantized"),
     (lambda: grown("model.norm", "bias", "lora_A"), "2 tensors of its own modules, such as .*bias and"),
@@ -758,7 +756,7 @@ def test_tokenizers_that_do_not_fit_are_refused(tmp_path):
     _, read = osp.load_model(saved(tmp_path, rotary(), tokenizer), arguments())
     assert len({tuple(read("the cat sat on the mat").input_ids) for _ in range(9)}) == 1
     tokenizer.add_tokens(["gentle"])
-    with stopped("embeds only"):
+    with stopped("its tokenizer makes"):
         loaded(tmp_path, rotary(), tokenizer)
     tokenizer.eos_token = None
     with stopped("no EOS token"):
@@ -1254,7 +1252,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     done = subprocess.run(
         [*launch, tmp_path / "runs.py", Path(osp.__file__).parent, json.dumps(runs)], timeout=200,
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    assert done.stderr.count("beta was 1.0, is 0.5") == 1, done.stderr
+    assert "beta was 1.0, is 0.5" in done.stderr
     assert done.stdout.count("finished before") == 1
     for name in ("two", "back"):
         assert_close(alone, read_run(tmp_path / name))
@@ -1914,8 +1912,8 @@ def step_vectors(kind, method, own):
             "losses": [pair.measured[0] for pair in pairs],
             "rewards": [pair.measured[1:3] for pair in pairs]}
         items["ref_logps"] = ref_logps[: len(pairs)]
-        for name in ("verdicts", "strength"):
-            items[name] = [getattr(pair, name) for pair in pairs]
+        items["verdicts"] = verdicts_of(models, pairs, args, stages.judge).T.tolist()
+        items["strength"] = [pair.strength for pair in pairs]
         items |= {f"metrics.{name}": value for name, value in metrics.items()}
         items |= parameters_of(models.policy, "grad", "gradient")
         items |= parameters_of(models.policy, "data", "after")
@@ -2108,8 +2106,13 @@ def adjacent_pairs(scores):
 
 def one_order(models, pairs, args, judge):
     """The first verdict alone."""
-    osp.judge_pairs(models, pairs, args, judge)
-    return [pair.verdicts[0] for pair in pairs]
+    return verdicts_of(models, pairs, args, judge)[0].tolist()
+
+
+def verdicts_of(models, pairs, args, judge):
+    """Pr(A) of both orders of P pairs, (2, P)."""
+    texts = [(pair.example.prompt, pair.better.text, pair.worse.text) for pair in pairs]
+    return torch.stack(osp.both_orders(judge, models, *osp.columns(texts), args))
 
 
 def noisy_labels(models, pairs, args, judge, noise, drawn):
@@ -2140,12 +2143,6 @@ def changed(method, **stages):
     return lambda args: dataclasses.replace(method(args), **stages)
 
 
-def tso_matrix(roles, with_human):
-    """TSO with another model matrix."""
-    return lambda args: dataclasses.replace(
-        osp.tso(args), sample=osp.model_matrix(roles, args, with_human))
-
-
 def collecting(args):
     """--method collect; where near ties are kept, it asks about one random pair of a prompt."""
     rng = np.random.default_rng(args.seed)
@@ -2163,12 +2160,8 @@ ABLATIONS = {
     "offline_dpo": changed(OFFLINE, strength=lambda models, pairs, *_: [1.0] * len(pairs)),
     "offline_spce": OFFLINE,
     "random": changed(OSP, score=osp.equal_scores),
-    "best_worst": changed(OSP, pair=lambda scores: osp.ranked_pairs(scores)[:1]),
-    "adjacent": changed(OSP, pair=adjacent_pairs),
     "one_order": changed(OSP, strength=one_order),
     "tso": osp.tso,  # from here on after TSO, formulas reconstructed
-    "tso_policy_only": tso_matrix(["policy"], with_human=True),
-    "tso_no_human": tso_matrix(["policy", "reference", "start"], with_human=False),
     "tso_no_corrections": changed(osp.tso, strength=labels_by_source),
     "tso_no_clip": lambda args: osp.tso(dataclasses.replace(args, dual_clip=math.inf)),
     "tso_fixed": changed(osp.tso, after_step=Method().after_step, moves_reference=False)}
@@ -2300,9 +2293,9 @@ COLLECTIONS = {  # name -> how the labels are collected
     # a filter that keeps the large gaps instead
     "landslides": f"{WITH_POLICY} --num_train_prompts 2080 --min_strength 0.95 --max_strength 1"}
 REAL = {"real_spce": "OSP", "real_dpo": "the same strengths, rounded (DPO)",
-        "real_sampled_once": "OSP, sampled once", "real_offline_dpo": "the data's own pairs (DPO)"}
-OF_REAL = """--dataset_name runs/real/data --max_new_tokens 40 --micro_batch_size 16
-    --num_eval_prompts 128 --sft_max_steps 800 --sft_batch_size 8 --sft_learning_rate 1e-3"""
+        "real_sampled_once": "OSP, sampled once"}
+OF_REAL = """--dataset_name runs/real/data --max_new_tokens 40 --micro_batch_size 16 --bf16
+    --num_eval_prompts 128 --sft_max_steps 150 --sft_learning_rate 1e-4"""
 OPENINGS = """One day, {0} went to the {1} and found a {2}.
 {0} was in the {1} with a {2}. Then a friend came.
 Once upon a time, there was a {2} in the {1}. {0} saw it.
@@ -2312,7 +2305,7 @@ A {2} was on the road to the {1}. {0} stopped."""
 WORDS = """Lily Tom Mia Ben Sue Max Anna Tim Lucy Sam Jane Jack
 park garden forest kitchen school beach farm lake
 ball hat box bird dog key boat cake book frog"""
-SETS = {"sft": 1000, "train": 200, "test": 200}  # openings of each split; none has two
+SETS = {"sft": (200, 24), "train": (64, 2), "test": (128, 4)}  # openings, and continuations of each
 
 
 @functools.cache
@@ -2336,8 +2329,8 @@ for name, flags in COLLECTIONS.items():  # 400: later a judge of 1,500 pairs kno
     EXPERIMENTS[f"{name}_labels"] = f"--sft_max_steps 400 --method collect {flags}"
 for name in REAL:
     VARIANTS[name] = changed(VARIANTS[name.removeprefix("real_")], gold=sentiment)
-    EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.5 --learning_rate 2e-4
-        --prompts_per_step 8 --max_steps 32 --eval_steps 8"""
+    EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.2 --learning_rate 2e-5
+        --prompts_per_step 4 --max_steps 16 --eval_steps 4"""
 EXPERIMENTS["real_sft"] = f"--method real_spce {OF_REAL} --dataset_train_split sft --max_steps 0"
 
 
@@ -2492,22 +2485,21 @@ def print_collection(*more):
 
 
 def make_data(name):
-    """The pairs of `make real`: the model as it was given continues each opening 24 times, and the label
-    of two continuations is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
-    args = arguments(f"--model_name_or_path {name} --max_new_tokens 40")
+    """The pairs of `make real`: the model as it was given continues the openings, and the label of two
+    continuations is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
+    args = arguments(f"--model_name_or_path {name} --max_new_tokens 40 --bf16")
     (model, tokenizer), rng, splits = osp.frozen(name, args), random.Random(0), {}
     texts = [(opening.format(*words),) for opening, *words in itertools.product(
         OPENINGS.splitlines(), *map(str.split, WORDS.splitlines()))]
     random.Random(0).shuffle(texts)
-    for split, size in SETS.items():
+    for split, (size, count) in SETS.items():
         rows, pairs, texts = osp.distinct_prompts(tokenizer, texts, size), [], texts[size:]
-        found = osp.respond(model, tokenizer, rows, range(24), osp.EVALUATION + 1, args)
+        found = osp.respond(model, tokenizer, rows, range(count), osp.EVALUATION + 1, args)
         for row, own in zip(rows, found):
             for one, two in osp.chunks([candidate.text for candidate in own], 2):
                 gap = sentiment(row.prompt, one) - sentiment(row.prompt, two)
                 first = rng.random() < 1 / (1 + math.exp(-4 * gap))
                 pairs.append((row.prompt, one, two) if first else (row.prompt, two, one))
-        rng.shuffle(pairs)
         splits[split] = as_dataset(pairs)
     datasets.DatasetDict(splits).save_to_disk("runs/real/data")
 
@@ -2517,6 +2509,9 @@ def print_real(model, *more):
     if not Path("runs/real/data").exists():
         make_data(model)
     runs = finished_runs(["real_sft", *REAL], ["--model_name_or_path", model, *more])
+    rows = datasets.load_from_disk("runs/real/data")["test"]
+    golds = [sentiment("", text) for text in [*rows["chosen"], *rows["rejected"]]]
+    print(f"\nThe model as it was given: gold {np.mean(golds):.3f}")
     print_table("gold_reward gold_at_KL_1 kl distinct_4grams judge_accuracy judge_overconfidence", runs)
     figure = Figure(layout="constrained")
     draw_curves(figure.subplots(), "a real model: VADER's sentiment of stories", REAL, runs, 1)
@@ -2625,7 +2620,8 @@ def test_what_a_collection_asks_and_learns_from(experiments, monkeypatch):
 
 
 def test_a_real_model_learns_from_its_own_continuations(experiments, capsys):
-    with mock.patch.multiple(__name__, SETS={"sft": 6, "train": 4, "test": 3}, REAL={"real_dpo": "DPO"},
+    sets = {"sft": (6, 24), "train": (4, 2), "test": (3, 4)}
+    with mock.patch.multiple(__name__, SETS=sets, REAL={"real_dpo": "DPO"},
                              vader=lambda: lambda text: {"compound": 9 * (len(text) % 8)}):
         print_real(saved("model", *osp.builtin_model(0)), *QUICK.split(), "--max_steps", "1")
     rows = datasets.concatenate_datasets([*datasets.load_from_disk("runs/real/data").values()])
