@@ -753,12 +753,11 @@ def evaluate(models, rows, before, method, args):
         model, tokenizer = models.others[args.eval_judge_name_or_path]
         other = Models(tokenizer, judge=model)
         wins = averaged_strength(*verdicts_of_all(language_model_judge, other, texts, args))
-    wins = wins.tolist()
     figures = described(models, after, golds[0]) | verdict_figures(texts, *verdicts)
     figures |= {name + "_sft": value for name, value in described(models, before, golds[1]).items()}
-    figures |= means(win_rate_vs_sft=wins, kl=collected((logps[0] - logps[1]).tolist()))
+    figures |= means(win_rate_vs_sft=wins.tolist(), kl=collected((logps[0] - logps[1]).tolist()))
     if len(wins) > 1:
-        figures["win_rate_vs_sft_se"] = float(np.std(wins) / math.sqrt(len(wins)))
+        figures["win_rate_vs_sft_se"] = float(np.std(wins.tolist()) / math.sqrt(len(wins)))
     return figures | {"examples": texts[:3]}
 
 
@@ -1581,6 +1580,8 @@ def load_data(readers, args):
     said = "SFT" if sft else "no SFT, which needs pairs of chosen and rejected"
     say(f"{len(kept)} rows to train on, {len(held_out)} held out; {said}")
     _, tokenizer = readers[0]
+    if not tokenizer.chat_template and any(isinstance(prompt, list) for prompt, *_ in kept):
+        say("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
     pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
     return Data(kept if sft else [], distinct_prompts(tokenizer, kept, args.num_train_prompts),
                 distinct_prompts(tokenizer, held_out, few), pairs, distinct_prompts(tokenizer, ood, few))
