@@ -1578,8 +1578,9 @@ def load_data(readers, args):
     if not kept:
         refuse("No training row is left: the prompts of all are held out")
     said = "SFT" if sft else "no SFT, which needs pairs of chosen and rejected"
-    say(f"{len(kept)} rows to train on, {len(held_out)} held out; {said}")
     _, tokenizer = readers[0]
+    spelled = sum(plain(tokenizer, str(row)) != str(row) for row in kept + held_out)  # it stays text
+    say(f"{len(kept)} training rows, {len(held_out)} held out, {spelled} spell special tokens; {said}")
     if not tokenizer.chat_template and any(isinstance(prompt, list) for prompt, *_ in kept):
         say("Warning: the tokenizer has no chat template, so messages are framed as HH's transcripts")
     pairs = [row for row in held_out[: args.num_eval_pairs] if len(row) > 1]
@@ -1883,8 +1884,7 @@ def model_matrix(roles, args, with_human):
         response, if the row has any."""
         candidates = [[] for _ in rows]
         for i, source in enumerate(sources):
-            ours = getattr(models, source, None), models.tokenizer  # for a role
-            model, tokenizer = models.others.get(source, ours)
+            model, tokenizer = models.others.get(source) or (getattr(models, source), models.tokenizer)
             ks = range(i, args.num_generations, size)
             found = respond(model, tokenizer, rows, ks, step, args, source)
             for row, own, more in zip(rows, candidates, found):

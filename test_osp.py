@@ -652,7 +652,7 @@ def test_rows_that_do_not_fit_or_that_a_template_refuses_are_counted(tmp_path, c
     assert {row.prompt[0]["content"] for row in data.examples + data.held_out} == {"hi", "<|endoftext|>"}
     shown = capsys.readouterr().out
     for words in ("not read: ['question', 'chosen']", "1 dropped: the chat template refuses it",
-                  "1 dropped: too long", "no SFT", "no chat template"):
+                  "1 dropped: too long", "1 spell special tokens; no SFT", "no chat template"):
         assert words in shown
 
 
