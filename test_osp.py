@@ -2294,8 +2294,8 @@ COLLECTIONS = {  # name -> how the labels are collected
     "landslides": f"{WITH_POLICY} --num_train_prompts 2080 --min_strength 0.95 --max_strength 1"}
 REAL = {"real_spce": "OSP", "real_dpo": "the same strengths, rounded (DPO)",
         "real_sampled_once": "OSP, sampled once"}
-OF_REAL = """--dataset_name runs/real/data --max_new_tokens 40 --micro_batch_size 16 --bf16
-    --num_eval_prompts 128 --sft_max_steps 150 --sft_learning_rate 1e-4"""
+OF_REAL = """--dataset_name runs/real/data --max_new_tokens 24 --micro_batch_size 16 --bf16
+    --num_eval_prompts 64 --sft_max_steps 60 --sft_batch_size 8 --sft_learning_rate 2e-4"""
 OPENINGS = """One day, {0} went to the {1} and found a {2}.
 {0} was in the {1} with a {2}. Then a friend came.
 Once upon a time, there was a {2} in the {1}. {0} saw it.
@@ -2305,7 +2305,7 @@ A {2} was on the road to the {1}. {0} stopped."""
 WORDS = """Lily Tom Mia Ben Sue Max Anna Tim Lucy Sam Jane Jack
 park garden forest kitchen school beach farm lake
 ball hat box bird dog key boat cake book frog"""
-SETS = {"sft": (200, 24), "train": (64, 2), "test": (128, 4)}  # openings, and continuations of each
+SETS = {"sft": (60, 16), "train": (48, 2), "test": (64, 4)}  # openings, and continuations of each
 
 
 @functools.cache
@@ -2330,7 +2330,7 @@ for name, flags in COLLECTIONS.items():  # 400: later a judge of 1,500 pairs kno
 for name in REAL:
     VARIANTS[name] = changed(VARIANTS[name.removeprefix("real_")], gold=sentiment)
     EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.2 --learning_rate 2e-5
-        --prompts_per_step 4 --max_steps 16 --eval_steps 4"""
+        --prompts_per_step 4 --max_steps 12 --eval_steps 6"""
 EXPERIMENTS["real_sft"] = f"--method real_spce {OF_REAL} --dataset_train_split sft --max_steps 0"
 
 
@@ -2487,7 +2487,7 @@ def print_collection(*more):
 def make_data(name):
     """The pairs of `make real`: the model as it was given continues the openings, and the label of two
     continuations is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
-    args = arguments(f"--model_name_or_path {name} --max_new_tokens 40 --bf16")
+    args = arguments(f"--model_name_or_path {name} --max_new_tokens 24 --bf16")
     (model, tokenizer), rng, splits = osp.frozen(name, args), random.Random(0), {}
     texts = [(opening.format(*words),) for opening, *words in itertools.product(
         OPENINGS.splitlines(), *map(str.split, WORDS.splitlines()))]
