@@ -2295,7 +2295,7 @@ COLLECTIONS = {  # name -> how the labels are collected
 REAL = {"real_spce": "OSP", "real_dpo": "the same strengths, rounded (DPO)",
         "real_sampled_once": "OSP, sampled once"}
 OF_REAL = """--dataset_name runs/real/data --max_new_tokens 24 --micro_batch_size 16 --bf16
-    --num_eval_prompts 64 --sft_max_steps 60 --sft_batch_size 8 --sft_learning_rate 2e-4"""
+    --num_eval_prompts 64 --sft_max_steps 160 --sft_batch_size 8 --sft_learning_rate 2e-4"""
 OPENINGS = """One day, {0} went to the {1} and found a {2}.
 {0} was in the {1} with a {2}. Then a friend came.
 Once upon a time, there was a {2} in the {1}. {0} saw it.
@@ -2305,7 +2305,7 @@ A {2} was on the road to the {1}. {0} stopped."""
 WORDS = """Lily Tom Mia Ben Sue Max Anna Tim Lucy Sam Jane Jack
 park garden forest kitchen school beach farm lake
 ball hat box bird dog key boat cake book frog"""
-SETS = {"sft": (60, 16), "train": (48, 2), "test": (64, 4)}  # openings, and continuations of each
+SETS = {"sft": (160, 16), "train": (48, 2), "test": (64, 4)}  # openings, and continuations of each
 
 
 @functools.cache
@@ -2329,7 +2329,7 @@ for name, flags in COLLECTIONS.items():  # 400: later a judge of 1,500 pairs kno
     EXPERIMENTS[f"{name}_labels"] = f"--sft_max_steps 400 --method collect {flags}"
 for name in REAL:
     VARIANTS[name] = changed(VARIANTS[name.removeprefix("real_")], gold=sentiment)
-    EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.2 --learning_rate 2e-5
+    EXPERIMENTS[name] = f"""--method {name} {OF_REAL} --beta 0.2 --learning_rate 1e-4
         --prompts_per_step 4 --max_steps 12 --eval_steps 6"""
 EXPERIMENTS["real_sft"] = f"--method real_spce {OF_REAL} --dataset_train_split sft --max_steps 0"
 
@@ -2476,17 +2476,12 @@ def print_evidence(*more):
 
 def print_collection(*more):
     """python test_osp.py collection [arguments of osp.py]"""
-    runs = finished_runs([*COLLECTIONS], more)
-    for name in [*COLLECTIONS][1:]:
-        for run in runs[name]:
-            truth = [osp.true_strength(*label) for label in labels_of(name, run["seed"])]
-            run |= {"labels": len(truth), "against_the_truth": np.mean([p < 0.5 for p in truth])}
-    print_table("judge_accuracy judge_overconfidence gold_reward labels against_the_truth", runs)
+    print_table("judge_accuracy judge_overconfidence gold_reward", finished_runs([*COLLECTIONS], more))
 
 
 def make_data(name):
-    """The pairs of `make real`: the model as it was given continues the openings, and the label of two
-    continuations is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
+    """The pairs of `make real`: the model as it was given continues the openings. Of each the lower half
+    by the truth is paired with the upper one; a label is Bernoulli(sigmoid(4 (gold_1 - gold_2)))."""
     args = arguments(f"--model_name_or_path {name} --max_new_tokens 24 --bf16")
     (model, tokenizer), rng, splits = osp.frozen(name, args), random.Random(0), {}
     texts = [(opening.format(*words),) for opening, *words in itertools.product(
@@ -2496,7 +2491,8 @@ def make_data(name):
         rows, pairs, texts = osp.distinct_prompts(tokenizer, texts, size), [], texts[size:]
         found = osp.respond(model, tokenizer, rows, range(count), osp.EVALUATION + 1, args)
         for row, own in zip(rows, found):
-            for one, two in osp.chunks([candidate.text for candidate in own], 2):
+            told = sorted([one.text for one in own], key=functools.partial(sentiment, row.prompt))
+            for one, two in zip(told, told[count // 2:]):
                 gap = sentiment(row.prompt, one) - sentiment(row.prompt, two)
                 first = rng.random() < 1 / (1 + math.exp(-4 * gap))
                 pairs.append((row.prompt, one, two) if first else (row.prompt, two, one))
