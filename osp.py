@@ -2049,7 +2049,7 @@ if __name__ == "__main__":
     try:
         main()
         if WORLD > 1:
-            dist.destroy_process_group()
+            os._exit(0)  # else a thread of torch.distributed sometimes aborts the process as it ends
     except RunError as stop:
         say(f"osp: {stop}", sys.stderr)  # each process does: torchrun ends the others after the first
         sys.exit(stop.code)

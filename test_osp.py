@@ -2508,7 +2508,7 @@ def print_real(model, *more):
     rows = datasets.load_from_disk("runs/real/data")["test"]
     golds = [sentiment("", text) for text in [*rows["chosen"], *rows["rejected"]]]
     print(f"\nThe model as it was given: gold {np.mean(golds):.3f}")
-    print_table("gold_reward gold_at_KL_1 kl distinct_4grams judge_accuracy judge_overconfidence", runs)
+    print_table("gold_reward gold_at_KL_1 kl win_rate_vs_sft distinct_4grams judge_accuracy", runs)
     figure = Figure(layout="constrained")
     draw_curves(figure.subplots(), "a real model: VADER's sentiment of stories", REAL, runs, 1)
     save_picture(figure, "real.png")
