@@ -400,6 +400,8 @@ def make_optimizer(models, learning_rate, steps, args):
     weights are fp32 even with --bf16: bf16 weights would round small updates away. A schedule of one
     step more is taken from its second rate on, since the first rate of a warm-up is 0."""
     warmup = min(in_steps(args.warmup_steps, steps), steps - 1)  # one step at least has the peak
+    if args.warmup_steps > max(1, warmup):
+        say(f"Warning: the warm-up is cut to {warmup} of {steps} steps")
     models.optimizer = torch.optim.AdamW(
         models.policy.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     models.scheduler = transformers.get_scheduler(
@@ -1655,8 +1657,7 @@ def read_dataset(name, config=None, data_dir=None):
                 place, files = folder, glob.escape(place)
             if glob.escape(place) != place:
                 refuse(f"The loader takes {place} for a pattern: give a path without brackets, * and ?")
-            builder = datasets.load_dataset_builder(
-                place, config, data_dir=data_dir, data_files=files, cache_dir=folder)
+            builder = datasets.load_dataset_builder(place, config, data_dir, files, cache_dir=folder)
             builder.config.keep_default_na = False  # cells "None" and "NA" of .csv are texts;
             builder.config.na_values = [""]  # other loaders read neither setting
             builder.download_and_prepare()
@@ -1843,8 +1844,7 @@ def builtin_preferences():
 
 def builtin_model(seed):
     """A random Llama of 130,000 parameters, and a tokenizer of this world's words and the judge's."""
-    prompts = builtin_prompts("train") + builtin_prompts("ood")
-    question = judge_question("".join(prompts), "A", "B .")
+    question = judge_question("".join(builtin_prompts("train") + builtin_prompts("ood")), "A", "B .")
     words = ["<pad>", "<eos>", "<unk>", *sorted({*question.split(), *VERBS + KIND + RUDE})]
     vocabulary = dict(zip(words, itertools.count()))
     inner = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))

@@ -320,12 +320,14 @@ def rates_of(name, warmup_steps, steps=20):
     return found
 
 
-def test_no_step_has_rate_0_and_the_last_one_has_the_peak_at_least():
+def test_no_step_has_rate_0_and_the_last_one_has_the_peak_at_least(capsys):
     """A share is rounded up; no warm-up is longer than all steps but one."""
     rates = [rates_of("constant_with_warmup", steps)[:5] for steps in (0.11, 3)]
     assert rates == [approx([1 / 4, 1 / 2, 3 / 4, 1, 1])] * 2
     assert rates_of("linear", 0.1, steps=1) == [1.0]
+    assert not capsys.readouterr().out
     assert rates_of("linear", 5, steps=3) == approx([1 / 3, 2 / 3, 1])
+    assert "warm-up is cut to 2 of 3 steps" in capsys.readouterr().out
 
 
 def test_a_planted_preference_improves():
