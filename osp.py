@@ -120,8 +120,7 @@ def load_model(name, args, dtype=torch.float32):
         with trying(f"read {name!r} as a causal language model", advice):
             check_files(name, args.trust_remote_code)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
-                name, trust_remote_code=args.trust_remote_code,
-                mistral_format=False)  # which has no chat template
+                name, trust_remote_code=args.trust_remote_code, mistral_format=False)  # has no template
             model, keys = transformers.AutoModelForCausalLM.from_pretrained(
                 name, dtype=torch.float32, use_safetensors=True,
                 trust_remote_code=args.trust_remote_code, output_loading_info=True)
@@ -1482,13 +1481,17 @@ def frame(tokenizer, prompt):
     return head, before[len(head):], behind[: end.end()] if end else tokenizer.eos_token
 
 
+@functools.cache
+def first_ids(tokenizer):
+    """The ids that the tokenizer puts before every text, such as BOS."""
+    return os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
+
+
 def encode(tokenizer, texts):
     """Framed texts -> ids. A chat template writes what stands before a text itself; else it is what the
-    tokenizer puts there, such as BOS."""
+    tokenizer puts there."""
+    first = [] if tokenizer.chat_template else first_ids(tokenizer)
     rows = tokenizer(texts, add_special_tokens=False).input_ids if texts else []
-    if tokenizer.chat_template:
-        return rows
-    first = os.path.commonprefix([tokenizer("").input_ids, tokenizer("A").input_ids])
     return [first + ids for ids in rows]
 
 

@@ -1254,7 +1254,7 @@ def test_two_processes_do_what_one_does(tmp_path):
     done = subprocess.run(
         [*launch, tmp_path / "runs.py", Path(osp.__file__).parent, json.dumps(runs)], timeout=200,
         capture_output=True, text=True)  # with a thread each
-    assert "beta was 1.0, is 0.5" in done.stderr
+    assert done.stderr.count("beta was 1.0, is 0.5") in (1, 2), done.stderr  # each process says it
     assert done.stdout.count("finished before") == 1
     for name in ("two", "back"):
         assert_close(alone, read_run(tmp_path / name))
